@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install demo serve test test-faults check protos
+
+# Everything a developer needs, in .venv; again only when pyproject.toml changed.
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# All services on this host, one streamed chat completion, how it travelled.
+demo: install
+	$(BIN)/python -m services.launch.demo
+
+# The built-in model on http://127.0.0.1:30000 until Ctrl-C; ARGS="--model-path ..." for another.
+serve: install
+	$(BIN)/rhizome serve $(ARGS)
+
+test: install
+	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults'
+
+# FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
+test-faults: install
+	$(BIN)/pytest -q -m faults
+
+check: install
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	buf lint protos
+	$(BIN)/pytest -q tests/architecture
+
+protos: install
+	protos/generate.sh rhizome

@@ -1,0 +1,1 @@
+"""Rhizome: the public package (generated gRPC stubs in `rhizome.<noun>.v1`)."""

@@ -1,0 +1,57 @@
+"""Loads a service's frozen config dataclass from flags, then the environment, then defaults.
+
+Flag `--page-size`, then `RHIZOME__WORKER__PAGE_SIZE` (double underscores: Kubernetes injects
+`RHIZOME_WORKER_PORT=tcp://…` for a Service of that name). An unknown flag or a value that does not
+parse is one line that names it, and exit status 2. This is the only reader of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, TypeVar
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    config_type: type[Config], service: str, argv: Sequence[str] | None = None
+) -> Config:
+    """Read `config_type`, a frozen dataclass; `service` is part of the environment's prefix.
+
+    Prints the reason and exits with status 2 on bad input, with 0 after `--help`.
+    """
+    app = App(
+        name=f"python -m services.{service}",
+        config=Env(f"RHIZOME__{service.upper()}__", command=False),
+        help=(config_type.__doc__ or "").strip(),
+        result_action="return_value",
+        version_flags=[],
+    )
+
+    @app.default
+    def load(config: Annotated[config_type, Parameter(name="*")]) -> object:  # type: ignore[valid-type]
+        return config
+
+    try:
+        config = app(list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        sys.exit(_report(service, error))
+    if config is None:
+        sys.exit(0)
+    assert isinstance(config, config_type), "cyclopts returns what `load` returned"
+    return config
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `extra` on top, for starting a child."""
+    return {**os.environ, **extra}  # noqa: TID251
+
+
+def _report(service: str, error: ValueError) -> int:
+    print(f"{service}: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,184 @@
+"""gRPC servers and channels: options, the one error interceptor, health, reflection."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.common.errors import (
+    PARAM_METADATA_KEY,
+    RETRY_AFTER_METADATA_KEY,
+    InvalidRequestError,
+    OverloadedError,
+    RhizomeError,
+)
+
+logger = logging.getLogger(__name__)
+
+# Wire revisions this release speaks (common.v1.ProtocolRange).
+MIN_PROTOCOL_REVISION = 1
+MAX_PROTOCOL_REVISION = 1
+
+# Largest message of the multiplexed streams, and of everything else (a 1 M-token prompt's ids).
+MAX_FRAME_BYTES = 256 * 1024
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Find a peer that vanished without closing, also on an idle connection.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+)
+# Reconnect fast: peers are near, and a restarted one should be found within a second.
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+def open_channel(address: str) -> aio.Channel:
+    """A channel to `host:port` or `unix:/path`."""
+    return aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+class StatusInterceptor(aio.ServerInterceptor):
+    """Turns `RhizomeError` into its status and anything else into INTERNAL without detail."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = str(handler_call_details.method)
+        if handler.response_streaming:
+            inner_stream = handler.stream_stream or handler.unary_stream
+
+            async def stream(request: Any, context: Any) -> None:
+                async with _abort_on_error(context, method):
+                    result = inner_stream(request, context)
+                    if hasattr(result, "__aiter__"):
+                        async for response in result:
+                            await context.write(response)
+                    else:
+                        await result
+
+            factory = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            wrapped: Any = stream
+        else:
+            inner_unary = handler.stream_unary or handler.unary_unary
+
+            async def unary(request: Any, context: Any) -> Any:
+                async with _abort_on_error(context, method):
+                    return await inner_unary(request, context)
+
+            factory = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            wrapped = unary
+        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+@contextlib.asynccontextmanager
+async def _abort_on_error(context: Any, method: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except RhizomeError as error:
+        await context.abort(error.status, error.message, _trailers(error))
+    except aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("event=rpc_failed method=%s", method)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+def _trailers(error: RhizomeError) -> tuple[tuple[str, str], ...]:
+    if isinstance(error, InvalidRequestError) and error.param is not None:
+        return ((PARAM_METADATA_KEY, error.param),)
+    if isinstance(error, OverloadedError):
+        return ((RETRY_AFTER_METADATA_KEY, str(int(error.retry_after_s * 1000))),)
+    return ()
+
+
+class RunningServer:
+    """A started gRPC server with health and reflection.
+
+    `port` is the bound port, 0 for a Unix socket. `set_ready` flips readiness (the health of ""
+    and of every service) without touching calls in flight.
+    """
+
+    def __init__(self, port: int, health_servicer: health.aio.HealthServicer, names: list[str]):
+        self.port = port
+        self._health = health_servicer
+        self._names = names
+
+    async def set_ready(self, ready: bool) -> None:
+        serving = health_pb2.HealthCheckResponse.SERVING
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, serving if ready else not_serving)
+
+
+@contextlib.asynccontextmanager
+async def running_server(
+    add_servicers: Callable[[aio.Server], None],
+    services: Iterable[ServiceDescriptor],
+    address: str,
+    *,
+    ready: bool = True,
+    grace_s: float = 1.0,
+) -> AsyncIterator[RunningServer]:
+    """Serve on `address` (`host:port`, port 0 picks one, or `unix:/path`) until the block ends.
+
+    `services` are the proto descriptors (`worker_service_pb2.DESCRIPTOR.services_by_name[...]`).
+    Raises OSError when the address cannot be bound.
+    """
+    server = aio.server(interceptors=[StatusInterceptor()], options=SERVER_OPTIONS)
+    add_servicers(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = ["", *(service.full_name for service in services)]
+    reflection.enable_server_reflection(
+        (*names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    await server.start()
+    running = RunningServer(0 if address.startswith("unix:") else port, health_servicer, names)
+    await running.set_ready(ready)
+    try:
+        yield running
+    finally:
+        await running.set_ready(False)
+        await server.stop(grace_s)

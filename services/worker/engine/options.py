@@ -1,0 +1,48 @@
+"""What the operator asked of an engine, and what the engine decided from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """The operator's wishes for one engine; never changed. None means: the engine decides."""
+
+    model_path: Path
+    tokenizer_path: Path
+    device: str = "auto"
+    """"cpu" or "cuda"; "auto" takes a GPU where there is one."""
+    dtype: str = "auto"
+    """"float32", "bfloat16" or "float16"; "auto" is the checkpoint's on GPUs, float32 on CPUs."""
+    attention_backend: str | None = None
+    load_format: str = "safetensors"
+    """"safetensors", or "dummy" for random weights in the configuration's shapes."""
+    page_size: int = 16
+    context_length: int | None = None
+    max_running_sequences: int = 256
+    chunked_prefill_size: int = 2048
+    """Most tokens a step computes."""
+    mem_fraction_static: float = 0.9
+    """Share of the device's memory for weights and keys/values together."""
+    num_pages: int | None = None
+    """Pages of the pool; None sizes it from free memory."""
+    tp_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePlan:
+    """What an engine decided at start, by one pure function; logged once."""
+
+    device: str
+    dtype: str
+    attention_backend: str
+    page_size: int
+    num_pages: int
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_running_sequences: int
+    max_step_tokens: int
+    tp_size: int
