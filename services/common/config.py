@@ -10,32 +10,46 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeVar
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def parse_config(
-    config_type: type[Config], service: str, argv: Sequence[str] | None = None
+    config_type: type[Config],
+    service: str,
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
 ) -> Config:
     """Read `config_type`, a frozen dataclass; `service` is part of the environment's prefix.
 
-    Prints the reason and exits with status 2 on bad input, with 0 after `--help`.
+    `program` is what `--help` calls the command. Prints the reason and exits with status 2 on bad
+    input, with 0 after `--help`.
     """
     app = App(
-        name=f"python -m services.{service}",
+        name=program or f"python -m services.{service}",
         config=Env(f"RHIZOME__{service.upper()}__", command=False),
         help=(config_type.__doc__ or "").strip(),
         result_action="return_value",
         version_flags=[],
     )
 
-    @app.default
-    def load(config: Annotated[config_type, Parameter(name="*")]) -> object:  # type: ignore[valid-type]
-        return config
+    def load(config: object = None) -> object:
+        return config_type() if config is None else config
+
+    # The type is known only here, so the annotation is set by hand; cyclopts wants a default
+    # exactly where every field has one.
+    load.__annotations__["config"] = Annotated[config_type, Parameter(name="*")]
+    if any(_is_required(field) for field in fields(config_type)):
+        load.__defaults__ = None
+    app.default(load)
 
     try:
         config = app(list(sys.argv[1:] if argv is None else argv))
@@ -50,6 +64,10 @@ def parse_config(
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `extra` on top, for starting a child."""
     return {**os.environ, **extra}  # noqa: TID251
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _report(service: str, error: ValueError) -> int:

@@ -63,7 +63,7 @@ def open_channel(address: str) -> aio.Channel:
 class StatusInterceptor(aio.ServerInterceptor):
     """Turns `RhizomeError` into its status and anything else into INTERNAL without detail."""
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override]  # the stub's type variables fit no wrapper
         self,
         continuation: Callable[
             [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]

@@ -1,0 +1,5 @@
+"""`python -m services.launch` is `rhizome`."""
+
+from services.launch.main import main
+
+main()

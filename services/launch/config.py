@@ -1,0 +1,93 @@
+"""What the operator asks of `rhizome serve`. Names and defaults are SGLang's where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from services.common.model_files import builtin_model_path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Start every service on this host, watch over them, and serve one model."""
+
+    model_path: Annotated[Path, Parameter(name=["--model-path", "--model"])] = builtin_model_path()
+    """Directory of the model (Hugging Face layout). Default: the built-in model."""
+
+    tokenizer_path: Path | None = None
+    """Directory of the tokenizer, where it is not the model's."""
+
+    served_model_name: str | None = None
+    """Name that clients use as `model`. Default: the model directory's name."""
+
+    chat_template: str | None = None
+    """A Jinja file, a JSON file in SGLang's format, or the name of a built-in template."""
+
+    host: str = "127.0.0.1"
+    """Address the HTTP and gRPC APIs listen on."""
+
+    port: int = 30000
+    """Port of the HTTP API."""
+
+    grpc_port: int | None = None
+    """Port of the public gRPC API. Default: the HTTP port + 1."""
+
+    tp: Annotated[int, Parameter(name=["--tp", "--tp-size", "--tensor-parallel-size"])] = 1
+    """Ranks that share one replica of the model."""
+
+    dp: Annotated[int, Parameter(name=["--dp", "--dp-size", "--data-parallel-size"])] = 1
+    """Replicas of the model; the scheduler spreads requests over them."""
+
+    context_length: int | None = None
+    """Longest sequence in tokens, prompt and output. Default: the model's own."""
+
+    mem_fraction_static: float = 0.9
+    """Share of the device's memory for weights and the key/value cache."""
+
+    max_total_tokens: int | None = None
+    """Tokens the key/value cache holds. Default: what memory allows."""
+
+    chunked_prefill_size: int | None = None
+    """Most prompt tokens computed in one step. Default: the worker's own."""
+
+    max_running_requests: int | None = None
+    """Most sequences that run at once. Default: the worker's own."""
+
+    page_size: int = 16
+    """Tokens a page of the key/value cache."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of weights and activations."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """`dummy` gives random weights in the model's shapes, for benchmarks."""
+
+    policy: str | None = None
+    """How the scheduler places requests. Default: its own."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious log line that is printed."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be within 0..65535, got {self.port}")
+        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
+            raise ValueError(f"grpc-port must be within 0..65535, got {self.grpc_port}")
+        for name in ("tp", "dp", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 < self.mem_fraction_static <= 1:
+            raise ValueError(
+                f"mem-fraction-static must be within (0, 1], got {self.mem_fraction_static}"
+            )
+        if not (self.model_path / "config.json").is_file():
+            raise ValueError(f"model-path {self.model_path} is not a model: it has no config.json")
+        if self.tokenizer_path is not None and not self.tokenizer_path.is_dir():
+            raise ValueError(f"tokenizer-path {self.tokenizer_path} is not a directory")

@@ -1,0 +1,109 @@
+"""Which processes make up a single-host system, how they find each other, how each is started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.launch.config import ServeConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSpec:
+    """One process to run and watch."""
+
+    name: str
+    argv: tuple[str, ...]
+    # gRPC target whose health says that it is ready.
+    health_target: str
+    # Seconds it gets to finish what it has after SIGTERM.
+    grace_s: float
+
+
+def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> list[ServiceSpec]:
+    """All services of `rhizome serve`, in the order they stop.
+
+    They meet over Unix sockets in `directory`, which only this user may enter; only the gateway
+    listens on the network.
+    """
+    sockets = {
+        name: f"unix:{directory}/{name}.sock" for name in ("tokenizer", "scheduler", "index")
+    }
+    gateway_grpc = f"{config.host}:{_grpc_port(config)}"
+
+    def spec(name: str, module: str, listen: str, *arguments: str, grace_s: float) -> ServiceSpec:
+        common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
+        return ServiceSpec(
+            name=name,
+            argv=(sys.executable, "-m", f"services.{module}", *common, *arguments),
+            health_target=listen,
+            grace_s=grace_s,
+        )
+
+    specs = [
+        spec(
+            "gateway",
+            "gateway",
+            gateway_grpc,
+            *("--host", config.host, "--port", str(config.port), "--grpc-listen", gateway_grpc),
+            *("--tokenizers", sockets["tokenizer"], "--schedulers", sockets["scheduler"]),
+            grace_s=10.0,
+        )
+    ]
+    for index in range(config.dp):
+        listen = f"unix:{directory}/worker-{index}.sock"
+        specs.append(
+            spec(
+                f"worker-{index}",
+                "worker",
+                listen,
+                *("--listen", listen, "--worker-id", f"worker-{index}"),
+                *("--scheduler", sockets["scheduler"]),
+                *_worker_arguments(config),
+                grace_s=5.0,
+            )
+        )
+    tokenizer = ("--listen", sockets["tokenizer"], *_model_arguments(config))
+    index_arguments = ("--listen", sockets["index"], "--scheduler", sockets["scheduler"])
+    scheduler = ("--listen", sockets["scheduler"], "--cache-index", sockets["index"])
+    policy = () if config.policy is None else ("--policy", config.policy)
+    specs += [
+        spec("tokenizer", "tokenizer", sockets["tokenizer"], *tokenizer, grace_s=2.0),
+        spec("index", "cache_index", sockets["index"], *index_arguments, grace_s=2.0),
+        spec("scheduler", "scheduler", sockets["scheduler"], *scheduler, *policy, grace_s=2.0),
+    ]
+    return specs
+
+
+def _grpc_port(config: ServeConfig) -> int:
+    return config.port + 1 if config.grpc_port is None else config.grpc_port
+
+
+def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
+    arguments = ["--model-path", str(config.model_path)]
+    if config.tokenizer_path is not None:
+        arguments += ["--tokenizer-path", str(config.tokenizer_path)]
+    if config.chat_template is not None:
+        arguments += ["--chat-template", config.chat_template]
+    return tuple(arguments)
+
+
+def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
+    arguments = {
+        "--served-model-name": config.served_model_name or config.model_path.resolve().name,
+        "--tp-size": config.tp,
+        "--page-size": config.page_size,
+        "--mem-fraction-static": config.mem_fraction_static,
+        "--dtype": config.dtype,
+        "--device": config.device,
+        "--load-format": config.load_format,
+        "--context-length": config.context_length,
+        "--max-total-tokens": config.max_total_tokens,
+        "--chunked-prefill-size": config.chunked_prefill_size,
+        "--max-running-requests": config.max_running_requests,
+    }
+    given = [
+        part for flag, value in arguments.items() if value is not None for part in (flag, value)
+    ]
+    return (*_model_arguments(config), *(str(part) for part in given))

@@ -1,0 +1,127 @@
+"""The shared gRPC bootstrap over a real server: errors, cancellation, health, reflection."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from rhizome.inference.v1 import inference_service_pb2 as pb, inference_service_pb2_grpc as pb_grpc
+from services.common.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    RhizomeError,
+    error_from_rpc,
+)
+from services.common.rpc import RunningServer, open_channel, running_server
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
+
+
+class Servicer(pb_grpc.InferenceServiceServicer):
+    """Raises what the request's model name says; streams for ever otherwise."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def ListModels(self, request: Any, context: Any) -> pb.ListModelsResponse:
+        raise ZeroDivisionError("secret detail")
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        try:
+            if request.model == "bad":
+                raise InvalidRequestError("wrong", param="top_p")
+            if request.model == "full":
+                raise OverloadedError("later", retry_after_s=2.5)
+            while True:
+                await context.write(pb.GenerateResponse(text="x"))
+                await asyncio.sleep(0.01)
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+def servicer() -> Servicer:
+    return Servicer()
+
+
+@pytest.fixture
+async def server(servicer: Servicer) -> AsyncIterator[RunningServer]:
+    def add(server: aio.Server) -> None:
+        pb_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+
+    async with running_server(add, [SERVICE], "localhost:0", grace_s=0.1) as running:
+        yield running
+
+
+@pytest.fixture
+async def channel(server: RunningServer) -> AsyncIterator[aio.Channel]:
+    async with open_channel(f"localhost:{server.port}") as channel:
+        yield channel
+
+
+async def _failure(channel: aio.Channel, model: str) -> RhizomeError:
+    with pytest.raises(aio.AioRpcError) as caught:
+        async for _ in pb_grpc.InferenceServiceStub(channel).Generate(
+            pb.GenerateRequest(model=model)
+        ):
+            pass
+    return error_from_rpc(caught.value)
+
+
+async def test_an_error_keeps_its_kind_message_and_parameter(channel: aio.Channel) -> None:
+    error = await _failure(channel, "bad")
+    assert isinstance(error, InvalidRequestError)
+    assert (error.message, error.param) == ("wrong", "top_p")
+
+
+async def test_an_overload_carries_its_retry_hint(channel: aio.Channel) -> None:
+    error = await _failure(channel, "full")
+    assert isinstance(error, OverloadedError)
+    assert error.retry_after_s == 2.5
+
+
+async def test_an_unknown_error_is_internal_without_its_text(
+    channel: aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(aio.AioRpcError) as caught:
+        await pb_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest())
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in (caught.value.details() or "")
+    assert "secret detail" in caplog.text
+
+
+async def test_a_cancelled_call_runs_the_servicers_finally(
+    channel: aio.Channel, servicer: Servicer
+) -> None:
+    call = pb_grpc.InferenceServiceStub(channel).Generate(pb.GenerateRequest(model="stream"))
+    await call.read()
+    call.cancel()
+    await asyncio.wait_for(servicer.ended.wait(), 5)
+
+
+async def test_readiness_can_be_flipped(channel: aio.Channel, server: RunningServer) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    for service in ("", SERVICE.full_name):
+        request = health_pb2.HealthCheckRequest(service=service)
+        await server.set_ready(True)
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        await server.set_ready(False)
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_reflection_lists_the_service(channel: aio.Channel) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
+    reply = await call.read()
+    assert SERVICE.full_name in [s.name for s in reply.list_services_response.service]
+
+
+async def test_an_address_in_use_is_an_os_error(server: RunningServer) -> None:
+    with pytest.raises(OSError, match="cannot listen"):
+        async with running_server(lambda _: None, [], f"localhost:{server.port}"):
+            pass
