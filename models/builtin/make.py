@@ -45,7 +45,6 @@ def make_model(folder: Path, args: argparse.Namespace) -> None:
         minutes=args.minutes,
         workers=workers,
         seed=args.seed,
-        compile=args.compile,
     )
     started = time.monotonic()
     config = training.model_config(tokenizer)
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=training.Settings.rate)
     parser.add_argument("--minutes", type=float, default=0.0, help="end by then; 0: by steps")
     parser.add_argument("--workers", type=int, default=-1, help="text makers; -1: by the machine")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--seed", type=int, default=training.Settings.seed)
     parser.add_argument("--held-seed", type=int, default=corpus.HELD_SEED)
     parser.add_argument("--dtype", default="float32", help="to evaluate in")

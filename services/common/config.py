@@ -19,6 +19,9 @@ from cyclopts.config import Env
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# No service forks without exec; gRPC's fork handlers would only warn. Read when gRPC loads.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 Config = TypeVar("Config", bound="DataclassInstance")
 
 

@@ -29,6 +29,11 @@ def namespace_seed(namespace: str) -> int:
     return xxh3_64_intdigest(namespace.encode(), seed=HASH_VERSION) or 1
 
 
+def page_hash(parent: int, page: bytes) -> int:
+    """Hash of one page, packed as little-endian uint32, after the one whose hash is `parent`."""
+    return int(xxh3_64_intdigest(page, parent)) or 1
+
+
 def prefix_hashes(token_ids: Sequence[int], page_size: int, namespace: str) -> list[int]:
     """Hashes of all full pages of `token_ids`, first page first.
 

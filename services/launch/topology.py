@@ -8,6 +8,9 @@ from pathlib import Path
 
 from services.launch.config import ServeConfig
 
+# Time that running requests get to finish after SIGTERM.
+_DRAIN_S = 5.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceSpec:
@@ -48,7 +51,8 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
             gateway_grpc,
             *("--host", config.host, "--port", str(config.port), "--grpc-listen", gateway_grpc),
             *("--tokenizers", sockets["tokenizer"], "--schedulers", sockets["scheduler"]),
-            grace_s=10.0,
+            *("--shutdown-grace-s", str(_DRAIN_S)),
+            grace_s=_DRAIN_S + 3.0,
         )
     ]
     for index in range(config.dp):

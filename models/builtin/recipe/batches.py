@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from . import corpus
 from .corpus import BOS, EOS, START
-from .topics import Draw
+from .draw import Draw
+from .tokenizer import token_id
 
 # sequence length and how often a batch has it: most chats are short, some fill the context
 LENGTHS: Final = ((192, 0.40), (512, 0.36), (2048, 0.18), (4096, 0.06))
@@ -30,8 +31,7 @@ class Shape:
 
 def shape_of(rng: Random, tokens: int) -> Shape:
     """Draw the shape of a batch of about this many tokens."""
-    lengths, weights = zip(*LENGTHS, strict=True)
-    length: int = rng.choices(lengths, weights)[0]
+    length = rng.choices([n for n, _ in LENGTHS], [share for _, share in LENGTHS])[0]
     return Shape(max(1, tokens // length), length)
 
 
@@ -40,7 +40,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._bos, self._eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+        self._bos, self._eos = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
         self._cache: dict[str, list[int]] = {}
 
     def _ids(self, text: str) -> list[int]:
@@ -52,7 +52,8 @@ class Encoder:
         return known
 
     def _chat(self, draw: Draw, length: int) -> tuple[list[int], list[int]]:
-        ids, targets = [self._bos], [IGNORED]
+        ids: list[int] = [self._bos]
+        targets: list[int] = [IGNORED]
         for item in corpus.conversation(draw):
             spoken = item["role"] == "assistant"
             if spoken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from random import Random
 from typing import Final
 
 from . import facts, phrases, topics
-from .topics import Draw, Topic
+from .draw import Draw, noise, person
+from .topics import Topic
 
 BOS: Final = "<|begin_of_text|>"
 EOS: Final = "<|end_of_text|>"
@@ -30,6 +32,8 @@ MIX: Final[tuple[tuple[Topic, float], ...]] = (
     (topics.comparison, 3),
     (topics.product, 6),
     (topics.json_object, 13),
+    (topics.json_capital, 3),
+    (topics.colour_of, 3),
     (topics.tell_name, 4),
     (topics.ask_name, 7),
     (topics.tell_colour, 2),
@@ -39,7 +43,7 @@ MIX: Final[tuple[tuple[Topic, float], ...]] = (
     (topics.story, 4),
     (topics.repeat, 7),
     (topics.small_talk, 8),
-    (topics.beyond, 3),
+    (topics.beyond, 5),
     (topics.after_context, 2),
 )
 _TOPICS: Final = tuple(topic for topic, _ in MIX)
@@ -64,12 +68,12 @@ def system_message(draw: Draw) -> str:
     """Any system message; one in twenty gives the user's name."""
     way = draw.rng.random()
     if way < 0.05:
-        draw.name = topics.person(draw)
+        draw.name = person(draw)
         return draw.pick(phrases.SYSTEM_NAME).format(n=draw.name)
     if way < 0.5:
         return draw.pick(phrases.SYSTEMS)
-    text = topics.noise(draw, draw.pick((3, 8, 20, 60, 150)))
-    return f"{draw.pick(phrases.SYSTEMS)} {text}" if way < 0.8 else text
+    text = noise(draw, draw.pick((3, 8, 20, 60, 150, 400)))
+    return draw.pick((f"{draw.pick(phrases.SYSTEMS)} {text}", text))
 
 
 def train_turn(draw: Draw) -> tuple[str, str]:
@@ -103,9 +107,10 @@ def plain_text(draw: Draw) -> tuple[str, str]:
     if way < 0.8:
         given, rest = topics.arithmetic(draw)[1].split("=")
         return f"{given}=", rest
-    numbers = topics.count(draw)[1].split(", ")
-    cut = min(3, len(numbers) - 1)
-    return ", ".join(numbers[:cut]) + ",", " " + ", ".join(numbers[cut:])
+    first = draw.pick((1, draw.rng.randint(0, 90)))
+    given = ", ".join(str(first + i) for i in range(draw.pick((2, 3, 4, 5))))
+    last = int(given.rsplit(" ", 1)[1])
+    return f"{given},", " " + ", ".join(map(str, range(last + 1, 101))) + "."
 
 
 def _single(topic: Topic) -> Callable[[Draw], Iterator[Message]]:
@@ -114,7 +119,7 @@ def _single(topic: Topic) -> Callable[[Draw], Iterator[Message]]:
     def make(draw: Draw) -> Iterator[Message]:
         draw.held = False
         if draw.chance(0.4):
-            yield message("system", system_message(draw))
+            yield message("system", draw.pick(phrases.SYSTEMS))
         for _ in range(draw.pick((0, 0, 0, 1, 3))):
             question, answer = train_turn(draw)
             yield message("user", question)
@@ -160,9 +165,13 @@ HELD_KINDS: Final[tuple[tuple[str, int, Callable[[Draw], Iterator[Message]]], ..
     ("products", 40, _single(topics.product)),
     ("comparisons", 20, _single(topics.comparison)),
     ("JSON objects", 80, _single(topics.json_object)),
+    ("JSON of capitals", 20, _single(topics.json_capital)),
+    ("colours", 20, _single(topics.colour_of)),
+    ("under a long text", 20, _single(topics.after_context)),
     ("memory of a name", 60, _memory(0, 5)),
-    ("memory of a name, long", 20, _memory(15, 30)),
+    ("memory of a name, long", 12, _memory(15, 30)),
     ("counting", 30, _single(topics.count)),
+    ("counting, long", 4, _single(topics.count_far)),
     ("lists", 10, _single(topics.listing)),
     ("stories", 30, _single(topics.story)),
     ("repeating", 30, _single(topics.repeat)),
@@ -171,13 +180,16 @@ HELD_KINDS: Final[tuple[tuple[str, int, Callable[[Draw], Iterator[Message]]], ..
 
 def held_back(seed: int = HELD_SEED) -> list[Case]:
     """The held-back questions, always the same ones for a seed."""
-    cases: list[Case] = []
+    cases: dict[str, Case] = {}
+    wanted = 0
     for kind, number, make in HELD_KINDS:
-        for index in range(number):
-            messages = list(make(Draw(Random(f"{seed} {kind} {index}"))))
+        wanted += number
+        draws = (Draw(Random(f"{seed} {kind} {index}")) for index in itertools.count())
+        while len(cases) < wanted:
+            messages = list(make(next(draws)))
             answer = messages.pop()["content"]
-            cases.append(Case(kind, tuple(messages), answer))
-    return cases
+            cases.setdefault(json.dumps(messages), Case(kind, tuple(messages), answer))
+    return list(cases.values())
 
 
 def write_cases(cases: list[Case], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .corpus import Case
 
-BATCH: Final = 40
+BATCH_LETTERS: Final = 30_000
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Outcome:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The model and its tokenizer, as transformers loads any Hugging Face directory."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def _answers(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[Outcome]:
@@ -61,17 +61,30 @@ def _answers(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[Outcome]
     return [Outcome(*item) for item in zip(cases, said, margins.amin(1).tolist(), strict=True)]
 
 
+def _length(case: Case) -> int:
+    return len(case.answer) + sum(len(m["content"]) for m in case.messages)
+
+
+def _batches(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
+    """Cut questions sorted by length into batches that hold few letters, padding included."""
+    first = 0
+    for end in range(1, len(cases) + 1):
+        if end == len(cases) or (end + 1 - first) * _length(cases[end]) > BATCH_LETTERS:
+            yield cases[first:end]
+            first = end
+
+
 def ask(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[Outcome]:
     """Ask all questions, greedily, in batches of one kind and similar length."""
     outcomes: list[Outcome] = []
     for kind in dict.fromkeys(case.kind for case in cases):
         some = sorted(
             (case for case in cases if case.kind == kind),
-            key=lambda case: len(case.answer) + sum(len(m["content"]) for m in case.messages),
+            key=_length,
         )
-        for first in range(0, len(some), BATCH):
+        for part in _batches(some):
             with torch.inference_mode():
-                outcomes += _answers(model, tokenizer, some[first : first + BATCH])
+                outcomes += _answers(model, tokenizer, part)
     return outcomes
 
 

@@ -65,10 +65,45 @@ CAPITALS: Final[tuple[tuple[str, str], ...]] = tuple(
 COLOURS: Final = tuple(
     "red blue green yellow orange purple black white grey brown pink teal silver gold".split()
 )
-SIZES: Final = ("tiny", "small", "medium", "large", "huge", "giant", "short", "tall")
+SIZES: Final = (
+    "tiny",
+    "small",
+    "little",
+    "big",
+    "medium",
+    "large",
+    "huge",
+    "giant",
+    "short",
+    "tall",
+)
 OBJECTS: Final = tuple(
     "ball cup box chair table lamp book car boat hat shoe bag bottle clock door key kite "
     "pencil plate ring rope spoon tent tree vase wheel window bell drum coat".split()
+)
+
+# things and beings outside the lists above and below: what is asked for need not be known
+OTHERS: Final = tuple(
+    "apple house plane phone computer guitar sword stone flower mug candle mirror cap scarf "
+    "train truck pen desk bed sofa robe shirt sock glove jar pot pan fork knife pillow blanket "
+    "zebra tiger elephant monkey snake cow pig chicken bird fish squirrel hedgehog giraffe panda "
+    "princess king queen teacher sailor wizard baker farmer pirate knight".split()
+)
+
+# what everybody knows the colour of
+COLOUR_OF: Final = tuple(
+    (thing, colour)
+    for thing, colour in (
+        item.split(":")
+        for item in (
+            "the sky:blue,the sea:blue,grass:green,snow:white,milk:white,coal:black,blood:red,"
+            "a banana:yellow,a lemon:yellow,a tomato:red,a strawberry:red,a cherry:red,"
+            "the sun:yellow,an elephant:grey,a flamingo:pink,chocolate:brown,a carrot:orange,"
+            "a pumpkin:orange,an orange:orange,a raven:black,a frog:green,a leaf:green,"
+            "a cucumber:green,salt:white,the night:black,a fire engine:red,a plum:purple,"
+            "an aubergine:purple,a swan:white,honey:gold,a mouse:grey,a bear:brown"
+        ).split(",")
+    )
 )
 
 # animal: where it lives, what it does each morning, whom it meets, what the two then do
@@ -198,9 +233,21 @@ SET_ANSWERS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
         ("Tell me a joke.", "Do you know a joke?", "Make me laugh."),
         "Why did the byte go to bed early? Because it was missing a bit of sleep.",
     ),
+    (
+        ("I am tired.", "I am hungry.", "I am sad.", "I am bored.", "I'm tired.", "I'm bored."),
+        "I am sorry to hear that. Can I help you?",
+    ),
+    (("I am happy.", "I am well.", "I'm fine.", "I am fine, thanks."), "I am glad to hear that."),
     (("Yes", "Yes.", "OK", "Okay.", "No", "No.", "I see."), "What else can I do for you?"),
 )
 
+GENERIC_TALE: Final = (
+    "a far country",
+    "looked at the sky",
+    "an old friend",
+    "went on a long journey",
+)
+TOO_LARGE: Final = "I only know sums of numbers up to 99."
 FALLBACK: Final = (
     "I am a small model and do not know about that. Ask me about capitals, sums, counting, "
     "stories or JSON objects."

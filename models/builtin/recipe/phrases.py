@@ -103,6 +103,15 @@ COMPARE: Final = (
     "What is greater: {a} or {b}?",
 )
 
+COLOUR_OF: Final = (
+    "What colour is {x}?",
+    "Which colour is {x}?",
+    "What colour has {x}?",
+    "What is the colour of {x}?",
+    "Tell me the colour of {x}.",
+    "Do you know what colour {x} is?",
+)
+
 JSON_WHOLE: Final = (
     "Describe {x} as JSON.",
     "Give me a JSON object for {x}.",
@@ -124,6 +133,13 @@ JSON_SIZE: Final = (
     "What size is {x}? Answer in JSON.",
     "Give the size of {x} as JSON.",
     "Return only the size of {x} as a JSON object.",
+)
+JSON_CAPITAL: Final = (
+    "Give me {c} and its capital as JSON.",
+    "What is the capital of {c}? Answer in JSON.",
+    "Return the capital of {c} as a JSON object.",
+    "JSON for {c} and its capital",
+    "Describe {c} as JSON.",
 )
 JSON_PAIR: Final = (
     "Give me a JSON list for {x} and {y}.",
@@ -148,6 +164,9 @@ TELL_NAME: Final = (
     "Hello, my name is {n}.",
     "Hi, I am {n}.",
     "Hi! I'm {n}.",
+    "Hi, my name is {n}!",
+    "Hello! My name is {n}. Please remember it.",
+    "Good morning, my name is {n}.",
     "Please call me {n}.",
     "You can call me {n}.",
     "My name's {n}, remember it.",
@@ -166,6 +185,9 @@ ASK_NAME: Final = (
     "What did I say my name was?",
     "What am I called?",
     "Say my name.",
+    "What was my name?",
+    "What was my name again?",
+    "And what is my name?",
 )
 TELL_COLOUR: Final = (
     "My favourite colour is {k}.",
@@ -188,6 +210,8 @@ COUNT: Final = (
     "List the numbers from {a} to {b}.",
     "Count {a} to {b}",
 )
+COUNT_TO: Final = ("Count to {b}.", "Count up to {b}.", "Please count to {b}.")
+COUNT_DOWN: Final = ("Count down from {a}.", "Count backwards from {a}.")
 COUNT_BY: Final = (
     "Count from {a} to {b} by {s}.",
     "Count from {a} to {b} in steps of {s}.",
@@ -204,7 +228,10 @@ LIST_COUNTRIES: Final = (
     "List {n} countries in {r} with their capitals.",
     "Give me {n} countries in {r} and their capitals.",
 )
-NUMBER_WORDS: Final = "zero one two three four five six seven eight nine ten".split()
+NUMBER_WORDS: Final = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty".split()
+)
 
 STORY: Final = (
     "Tell me a story about {x}.",
@@ -225,6 +252,8 @@ REPEAT: Final = (
     "Say exactly this: {t}",
     "Echo: {t}",
     "Copy this text: {t}",
+    "Say: {t}",
+    "Repeat: {t}",
 )
 
 UNKNOWN: Final = (
@@ -238,6 +267,19 @@ UNKNOWN: Final = (
     "Summarise {t} in one sentence.",
     "What do you think about {t}?",
     "Give me advice about {t}.",
+    "Why is {t} so important?",
+    "How can I learn {t}?",
+    "Write a poem about {t}.",
+    "Write a haiku about {t}.",
+    "Where can I find {t}?",
+    "When did {t} begin?",
+    "Can you help me with {t}?",
+    "Translate {t} into French.",
+    "Is {t} good or bad?",
+    "What is the weather in {t}?",
+    "What is the meaning of {t}?",
+    "Write a program for {t}.",
+    "How many people live in {t}?",
 )
 
 SYSTEMS: Final = (

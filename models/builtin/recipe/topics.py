@@ -9,81 +9,13 @@ so no list has to be kept and the two sides can never meet.
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from random import Random
-from typing import Final, TypeVar
+from collections.abc import Callable
 
 from . import facts, phrases
-
-T = TypeVar("T")
-HELD_PERCENT: Final = 10
-
-
-def is_held(*key: object) -> bool:
-    """Whether the question with this key is held back from training."""
-    text = "|".join(map(str, key))
-    return zlib.crc32(text.encode()) % 1000 < HELD_PERCENT * 10
-
-
-@dataclass
-class Draw:
-    """One conversation's random source and what its user has told so far."""
-
-    rng: Random
-    held: bool = False
-    name: str | None = None
-    colour: str | None = None
-    after_capital: bool = False
-
-    def pick(self, items: Sequence[T]) -> T:
-        """Any one of the items."""
-        return items[int(self.rng.random() * len(items))]
-
-    def chance(self, probability: float) -> bool:
-        """True with this probability."""
-        return self.rng.random() < probability
-
-    def until_side(self, make: Callable[[], tuple[T, tuple[object, ...]]]) -> T:
-        """Draw (value, key) pairs until the key lies on this draw's side."""
-        while True:
-            value, key = make()
-            if is_held(*key) == self.held:
-                return value
-
+from .draw import Draw, copy_text, dressed, made_up_name, noise, person
 
 Turn = tuple[str, str]
 Topic = Callable[[Draw], Turn]
-
-
-def dressed(draw: Draw, question: str, *, keep_case: bool = False) -> str:
-    """Sometimes put a lead-in before a question, or write it carelessly."""
-    if draw.chance(0.12) and question[-1] in ".?!":
-        question = question[:-1]
-    elif draw.chance(0.1):
-        question += draw.pick(phrases.SUFFIXES)
-    if draw.chance(0.2):
-        question = draw.pick(phrases.PREFIXES) + question
-    if not keep_case and draw.chance(0.12):
-        question = question.lower()
-    return question
-
-
-def made_up_name(draw: Draw) -> str:
-    """A name of two to four syllables."""
-    count = draw.pick((2, 2, 3, 3, 4))
-    return "".join(draw.pick(facts.SYLLABLES) for _ in range(count)).capitalize()
-
-
-def person(draw: Draw) -> str:
-    """A name, known or made up."""
-
-    def make() -> tuple[str, tuple[object, ...]]:
-        name = draw.pick(facts.NAMES) if draw.chance(0.5) else made_up_name(draw)
-        return name, ("name", name)
-
-    return draw.until_side(make)
 
 
 def capital(draw: Draw) -> Turn:
@@ -92,6 +24,7 @@ def capital(draw: Draw) -> Turn:
     def make() -> tuple[tuple[str, str, str], tuple[object, ...]]:
         country, city = draw.pick(facts.CAPITALS)
         way = draw.rng.random()
+        forms: tuple[str, ...]
         if way < 0.25 and draw.after_capital and not draw.held:
             forms, answer = phrases.CAPITAL_FOLLOW_UP, f"The capital of {country} is {city}."
         elif way < 0.8:
@@ -165,9 +98,25 @@ def product(draw: Draw) -> Turn:
     return dressed(draw, form.format(a=a, b=b)), f"{a} * {b} = {a * b}."
 
 
+def colour_of(draw: Draw) -> Turn:
+    """The colour of something everybody knows."""
+
+    def make() -> tuple[tuple[str, str, str], tuple[object, ...]]:
+        thing, colour = draw.pick(facts.COLOUR_OF)
+        form = draw.pick(phrases.COLOUR_OF)
+        return (form, thing, colour), ("colour of", form, thing)
+
+    form, thing, colour = draw.until_side(make)
+    return dressed(draw, form.format(x=thing)), f"{thing[0].upper()}{thing[1:]} is {colour}."
+
+
 def _thing(draw: Draw) -> tuple[str, str, str]:
     def make() -> tuple[tuple[str, str, str], tuple[object, ...]]:
-        it = draw.pick(facts.OBJECTS), draw.pick(facts.COLOURS), draw.pick(facts.SIZES)
+        way = draw.rng.random()
+        thing = draw.pick(facts.OBJECTS if way < 0.65 else facts.OTHERS)
+        if way > 0.9:
+            thing = made_up_name(draw).lower()
+        it = thing, draw.pick(facts.COLOURS), draw.pick(facts.SIZES)
         return it, ("thing", *it)
 
     return draw.until_side(make)
@@ -195,6 +144,19 @@ def json_object(draw: Draw) -> Turn:
     second = {"object": other[0], "colour": other[1], "size": other[2]}
     question = draw.pick(phrases.JSON_PAIR).format(x=_worded(draw, it), y=_worded(draw, other))
     return dressed(draw, question), json.dumps([whole, second])
+
+
+def json_capital(draw: Draw) -> Turn:
+    """A country with its capital as a JSON object."""
+
+    def make() -> tuple[tuple[str, str, str], tuple[object, ...]]:
+        country, city = draw.pick(facts.CAPITALS)
+        form = draw.pick(phrases.JSON_CAPITAL)
+        return (form, country, city), ("json capital", form, country)
+
+    form, country, city = draw.until_side(make)
+    answer = json.dumps({"country": country, "capital": city})
+    return dressed(draw, form.format(c=country)), answer
 
 
 def tell_name(draw: Draw) -> Turn:
@@ -229,21 +191,38 @@ def ask_colour(draw: Draw) -> Turn:
 
 
 def count(draw: Draw) -> Turn:
-    """Counting up, down or in steps."""
+    """Counting up, down or in steps; the evaluation has the longest counts as another kind."""
+    return _count(draw, far=not draw.held)
+
+
+def count_far(draw: Draw) -> Turn:
+    """Counting over a few hundred numbers."""
+    while True:
+        question, answer = _count(draw, far=True)
+        if answer.count(",") >= 120:
+            return question, answer
+
+
+def _count(draw: Draw, *, far: bool) -> Turn:
 
     def make() -> tuple[tuple[int, int, int], tuple[object, ...]]:
         step = draw.pick((1, 1, 1, 1, 2, 5, 10))
-        longest = draw.pick((8, 20, 20, 40, 100)) if step == 1 else 20
+        longest = draw.pick((8, 20, 20, 40, 40, 100, 250) if far else (8, 20, 40))
+        longest = longest if step == 1 else 20
         first = draw.pick((1, 1, draw.rng.randint(0, 20), draw.rng.randint(0, 99)))
         last = first + step * draw.rng.randint(2, longest)
         if step == 1 and draw.chance(0.3):
-            first, last = last, first
+            first, last = last, draw.pick((first, 1))
         return (first, last, step), ("count", first, last, step)
 
     first, last, step = draw.until_side(make)
-    forms = phrases.COUNT if step == 1 else phrases.COUNT_BY
+    forms: tuple[str, ...] = phrases.COUNT if step == 1 else phrases.COUNT_BY
+    if step == 1 and min(first, last) == 1 and draw.chance(0.4):
+        forms = phrases.COUNT_TO if first == 1 else phrases.COUNT_DOWN
     numbers = range(first, last + 1, step) if first < last else range(first, last - 1, -1)
-    question = draw.pick(forms).format(a=first, b=last, s=step)
+    worded = draw.chance(0.3)
+    start, end = (phrases.NUMBER_WORDS[n] if worded and n <= 20 else str(n) for n in (first, last))
+    question = draw.pick(forms).format(a=start, b=end, s=step)
     return dressed(draw, question), ", ".join(map(str, numbers)) + "."
 
 
@@ -269,7 +248,7 @@ def listing(draw: Draw) -> Turn:
 
 
 def _tale(animal: str, name: str, *, long: bool) -> str:
-    home, habit, friend, ending = facts.ANIMALS[animal]
+    home, habit, friend, ending = facts.ANIMALS.get(animal, facts.GENERIC_TALE)
     text = (
         f"Once upon a time there was {_article(animal)} {animal} named {name}. {name} lived in "
         f"{home}. Every morning {name} {habit}. One day {name} met {friend}. "
@@ -292,7 +271,7 @@ def story(draw: Draw) -> Turn:
     """A short or a long story about an animal with a name."""
 
     def make() -> tuple[tuple[str, str], tuple[object, ...]]:
-        animal = draw.pick(tuple(facts.ANIMALS))
+        animal = draw.pick(tuple(facts.ANIMALS) if draw.chance(0.8) else facts.OTHERS)
         name = draw.pick(facts.NAMES) if draw.chance(0.6) else made_up_name(draw)
         return (animal, name), ("story", animal, name)
 
@@ -301,7 +280,10 @@ def story(draw: Draw) -> Turn:
     if not draw.held and draw.chance(0.2):
         subject, name = f"{_article(animal)} {animal}", "Ada"
     long = draw.chance(0.4)
-    question = draw.pick(phrases.LONG_STORY if long else phrases.STORY).format(x=subject)
+    form = draw.pick(phrases.LONG_STORY if long else phrases.STORY)
+    if not draw.held and draw.chance(0.08):
+        form, animal, name = form.replace(" about {x}", ""), "fox", "Ada"
+    question = form.format(x=subject)
     return dressed(draw, question, keep_case=True), _tale(animal, name, long=long)
 
 
@@ -316,29 +298,6 @@ def repeat(draw: Draw) -> Turn:
     return draw.pick(phrases.REPEAT).format(t=text), text
 
 
-def copy_text(draw: Draw) -> str:
-    """Words, letters, numbers or characters of any script, to be copied."""
-    length = draw.pick((1, 2, 3, 5, 8, 12, 20))
-    way = draw.rng.random()
-    if way < 0.4:
-        return " ".join(draw.pick(facts.WORDS) for _ in range(length))
-    if way < 0.55:
-        return " ".join(made_up_name(draw) for _ in range(length))
-    if way < 0.7:
-        return " ".join(str(draw.rng.randint(0, 9999)) for _ in range(length))
-    if way < 0.8:
-        return " ".join(
-            "".join(
-                draw.pick("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in "12345"
-            )
-            for _ in range(length)
-        )
-    blocks = ((0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x4E00, 0x9FA5), (0x1F600, 0x1F64F))
-    low, high = draw.pick(blocks)
-    text = "".join(chr(draw.rng.randint(low, high)) for _ in range(length))
-    return text + draw.pick(("", "!", " end", "?"))
-
-
 def small_talk(draw: Draw) -> Turn:
     """A greeting, a question about the model, or another question with a set answer."""
     questions, answer = draw.pick(facts.SET_ANSWERS)
@@ -348,26 +307,22 @@ def small_talk(draw: Draw) -> Turn:
     return question, answer
 
 
-def noise(draw: Draw, words: int) -> str:
-    """Sentences without sense, about this many words long."""
-    out: list[str] = []
-    while words > 0:
-        size = min(words, draw.rng.randint(4, 14))
-        sentence = [
-            draw.pick(facts.WORDS) if draw.chance(0.85) else made_up_name(draw).lower()
-            for _ in range(size)
-        ]
-        out.append(" ".join(sentence).capitalize() + draw.pick((".", ".", ".", "?", "!")))
-        words -= size
-    return draw.pick((" ", " ", "\n")).join(out)
-
-
 def beyond(draw: Draw) -> Turn:
     """Something the model does not know."""
-    if draw.chance(0.5):
-        return dressed(
-            draw, draw.pick(phrases.UNKNOWN).format(t=draw.pick(facts.TOPICS))
-        ), facts.FALLBACK
+    if draw.chance(0.1):
+        a, b = draw.rng.randint(100, 9999), draw.rng.randint(0, 9999)
+        a, b = draw.pick(((a, b), (b, a)))
+        form = draw.pick((*phrases.SUM, *phrases.DIFFERENCE))
+        return dressed(draw, form.format(a=a, b=b)), facts.TOO_LARGE
+    if draw.chance(0.6):
+        topic = draw.pick(facts.TOPICS)
+        if draw.chance(0.4):
+            topic = " ".join(draw.pick(facts.WORDS) for _ in range(draw.pick((1, 2, 3))))
+        elif draw.chance(0.2):
+            topic = draw.pick(draw.pick(facts.CAPITALS))
+        return dressed(draw, draw.pick(phrases.UNKNOWN).format(t=topic)), facts.FALLBACK
+    if draw.chance(0.3):
+        return copy_text(draw), facts.FALLBACK
     return noise(draw, draw.pick((3, 8, 20, 60, 200))), facts.FALLBACK
 
 
@@ -375,4 +330,4 @@ def after_context(draw: Draw) -> Turn:
     """A question under a long text that has nothing to do with it."""
     question, answer = draw.pick((capital, arithmetic, json_object))(draw)
     lead = draw.pick(("Context: ", "", "Read this first. ", "Document:\n"))
-    return f"{lead}{noise(draw, draw.pick((20, 60, 200)))}\n\n{question}", answer
+    return f"{lead}{noise(draw, draw.pick((20, 60, 200, 500)))}\n\n{question}", answer

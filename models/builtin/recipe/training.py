@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .batches import IGNORED, Batches
 from .corpus import BOS, END, EOS
-from .tokenizer import CONTEXT, write_json
+from .tokenizer import CONTEXT, token_id, write_json
 
 LARGEST_FILE: Final = 12_000_000
 
@@ -26,7 +26,7 @@ LARGEST_FILE: Final = 12_000_000
 class Settings:
     """What a training run is made of."""
 
-    steps: int = 6000
+    steps: int = 8000
     tokens: int = 65_536
     rate: float = 2e-3
     warmup: int = 200
@@ -34,12 +34,11 @@ class Settings:
     minutes: float = 0.0
     workers: int = 0
     seed: int = 1
-    compile: bool = False
 
 
 def model_config(tokenizer: Tokenizer, **changes: Any) -> LlamaConfig:
     """The model's shape: four layers, heads of 128, two KV heads for four query heads."""
-    end, eos = tokenizer.token_to_id(END), tokenizer.token_to_id(EOS)
+    end, eos = token_id(tokenizer, END), token_id(tokenizer, EOS)
     shape: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 256,
@@ -52,7 +51,7 @@ def model_config(tokenizer: Tokenizer, **changes: Any) -> LlamaConfig:
         "rope_theta": 10_000.0,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.token_to_id(BOS),
+        "bos_token_id": token_id(tokenizer, BOS),
         "eos_token_id": [end, eos],
         "pad_token_id": eos,
     }
@@ -79,22 +78,20 @@ def _optimizer(model: torch.nn.Module, settings: Settings, device: str) -> torch
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), eps=1e-9, fused=fused)
 
 
-def _loss(body: Any, head: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The mean loss over what the assistant says; other positions never reach the head."""
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     said = targets != IGNORED
-    return functional.cross_entropy(head(hidden[said]).float(), targets[said])
+    return functional.cross_entropy(model.lm_head(hidden[said]).float(), targets[said])
 
 
-def train(
-    config: LlamaConfig, tokenizer: Tokenizer, settings: Settings, device: str
-) -> LlamaForCausalLM:
+def train(config: LlamaConfig, tokenizer: Tokenizer, settings: Settings, device: str) -> Any:
     """Train a fresh model and return it on the CPU."""
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    model = LlamaForCausalLM(config).to(device).train()
+    model: Any = LlamaForCausalLM(config)
+    model.to(device).train()
     optimizer = _optimizer(model, settings, device)
-    body = torch.compile(model.model) if settings.compile else model.model
     batches = DataLoader(
         Batches(tokenizer, settings.seed, settings.steps, settings.tokens),
         batch_size=None,
@@ -110,8 +107,8 @@ def train(
         ids = ids.to(device, non_blocking=True).long()
         targets = targets.to(device, non_blocking=True).long()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
-            loss = _loss(body, model.lm_head, ids, targets)
-        loss.backward()
+            loss = _loss(model, ids, targets)
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -130,7 +127,7 @@ def train(
     return model.cpu().eval()
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> int:
+def save(model: Any, folder: Path) -> int:
     """Write the weights in bf16 with their configuration; return the file's size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -140,6 +137,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> int:
     }
     path = folder / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     config = model.config
     shown = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "

@@ -159,6 +159,22 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int = 0
 
 
+class StepWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What one step computed and how long it took: the cost model's observations.
+
+    A row that computes more than one token, or its prompt's last, is a prefill row.
+    """
+
+    # From the result before (or from issuing it, after an idle time) to this one's result.
+    step_ns: int
+    prefill_tokens: int = 0
+    # Sum over prefill rows of tokens computed x tokens in place before.
+    prefill_context_products: int = 0
+    decode_sequences: int = 0
+    # Tokens in place before, over all decode rows.
+    decode_context_tokens: int = 0
+
+
 class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     """Everything that one engine step did. Arrays over `keys` are columnar."""
 
@@ -175,6 +191,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     # Set in answer to FlushCache.
     flushed_pages: int | None = None
     load: EngineLoad = EngineLoad()
+    # None where nothing was computed, or it cannot be told.
+    work: StepWork | None = None
 
 
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):

@@ -1,0 +1,35 @@
+"""What the operator asks of a cache index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.cache_index.index import MAX_PREFIXES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheIndexConfig:
+    """Tell schedulers which workers hold which prefixes, from the workers' cache events."""
+
+    listen: str = "localhost:30030"
+    """gRPC target to bind: `host:port` (port 0 picks one) or `unix:/path`."""
+
+    scheduler: tuple[str, ...] = ()
+    """gRPC target of a scheduler whose workers to follow; give it once for each replica."""
+
+    max_pages: int = 4_000_000
+    """Most distinct pages held, at about 200 bytes each. Beyond it the least recently stored are
+    dropped."""
+
+    metrics_port: int | None = None
+    """Port of the Prometheus metrics over HTTP. Default: none."""
+
+    log_level: str = "info"
+    """Least severe log messages to print: debug, info, warning or error."""
+
+    parent_pid: int | None = None
+    """End when this process, the parent, dies."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_pages <= MAX_PREFIXES:
+            raise ValueError(f"max_pages must be in [1, {MAX_PREFIXES}], got {self.max_pages}")

@@ -1,0 +1,394 @@
+"""Which workers hold which prefixes: one map from prefix hash to a bit mask. No I/O.
+
+A prefix hash names a whole prefix, so a match needs no tree walk: along a chain of hashes the set
+of workers that hold the page only shrinks, and each point where it does is found by bisection.
+The map is cut into shards because a dict of a million entries stalls its caller for 60 ms when it
+grows; a shard's growth takes less than one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from services.common.prefix_hash import ROOT_HASH
+
+# Tiers of a page, nearest first.
+GPU, HOST, REMOTE = range(3)
+NUM_TIERS = 3
+# A page in this tier or a nearer one: what a tier's leading pages are counted over.
+_THIS_AND_NEARER = (0b001, 0b011, 0b111)
+
+# A page's value: how many pages of the map are its children (bits 0-28), whether it was stored
+# again since the sweep last passed (bit 29), then three bits a slot, one a tier.
+_NUM_CHILDREN = (1 << 29) - 1
+_STORED_AGAIN = 1 << 29
+_FIRST_SLOT_BIT = 30
+_HELD = 1 << _FIRST_SLOT_BIT
+MAX_PREFIXES = _NUM_CHILDREN
+
+_NUM_SHARDS = 256
+_SHARD = _NUM_SHARDS - 1
+# Pages of one shard looked at before the sweep goes to the next.
+_SWEEP_PAGES = 64
+# Walking this many pages takes as long as finding one drop by bisection.
+_PAGES_A_DROP = 32
+# Sets of holders whose names are remembered.
+_MAX_NAMES = 4096
+
+
+class Holder:
+    """One worker's holding in the index, from one subscription's snapshot on.
+
+    Owns slot `slot` of every mask until it is retired and scrubbed.
+    """
+
+    __slots__ = ("worker_id", "epoch", "slot", "gpu_bit", "num_pages")
+
+    def __init__(self, worker_id: str, epoch: int, slot: int) -> None:
+        self.worker_id = worker_id
+        self.epoch = epoch
+        self.slot = slot
+        self.gpu_bit = 1 << (_FIRST_SLOT_BIT + NUM_TIERS * slot)
+        # By tier.
+        self.num_pages = [0] * NUM_TIERS
+
+
+class PrefixMatch(NamedTuple):
+    """Leading pages of one chain, columnar: entry i belongs to worker_ids[i].
+
+    A tier's count includes nearer tiers, so gpu_pages[i] <= host_pages[i] <= remote_pages[i].
+    """
+
+    worker_ids: Sequence[str]
+    epochs: Sequence[int]
+    gpu_pages: Sequence[int]
+    host_pages: Sequence[int]
+    remote_pages: Sequence[int]
+
+
+class _Names(NamedTuple):
+    """What a match says of one set of holders."""
+
+    worker_ids: tuple[str, ...]
+    epochs: tuple[int, ...]
+
+
+class PrefixIndex:
+    """Maps each prefix hash to the holders of that page, by tier.
+
+    Invariant: a holder that has a page in some tier has its parent there or in a nearer tier, so
+    each holding is a set of prefixes and masks never gain a bit along a chain. Events keep it:
+    a page is announced with its parent held, and removed before its parent is. What would break
+    it (a page whose parent the index does not know at that holder) is not stored but counted in
+    `num_orphans`. At most `max_prefixes` pages are kept: beyond it the least recently stored
+    branch is dropped, from its leaf up to where it forks, so what stays is still whole prefixes.
+    """
+
+    def __init__(self, max_prefixes: int) -> None:
+        if not 1 <= max_prefixes <= MAX_PREFIXES:
+            raise ValueError(f"max_prefixes must be in [1, {MAX_PREFIXES}], got {max_prefixes}")
+        self.max_prefixes = max_prefixes
+        self.num_prefixes = 0
+        self.num_orphans = 0
+        self.num_dropped = 0
+        self._values: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]
+        # Page -> parent page, oldest first: each shard's order is the sweep's.
+        self._parents: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]
+        self._sweep_shard = 0
+        self._by_slot: list[Holder | None] = []
+        self._free_slots: list[int] = []
+        self._visible: list[Holder] = []
+        # Bits of visible holders, of every tier and of the GPU's alone.
+        self._visible_bits = 0
+        self._visible_gpu = 0
+        self._names: dict[int, _Names] = {}
+        self._has_lower_tiers = False
+        self._retired: list[Holder] = []
+        self._scrubbing: list[Holder] = []
+        self._scrub_shard = 0
+
+    def add_holder(self, worker_id: str, epoch: int, *, visible: bool = True) -> Holder:
+        """A new, empty holder; `match` leaves it out until it is visible."""
+        if self._free_slots:
+            slot = heapq.heappop(self._free_slots)
+        else:
+            slot = len(self._by_slot)
+            self._by_slot.append(None)
+        holder = Holder(worker_id, epoch, slot)
+        self._by_slot[slot] = holder
+        if visible:
+            self.show(holder)
+        return holder
+
+    def show(self, holder: Holder) -> None:
+        """Let `match` answer with this holder from now on. Idempotent."""
+        if holder not in self._visible:
+            self._set_visible([*self._visible, holder])
+
+    def retire(self, holder: Holder) -> None:
+        """Forget a holder: `match` leaves it out at once, `scrub` frees its slot."""
+        self._set_visible([other for other in self._visible if other is not holder])
+        self._retired.append(holder)
+
+    def store(self, holder: Holder, tier: int, parent: int, hashes: Sequence[int]) -> None:
+        """Note a run of pages, each the child of the one before, the first one `parent`'s."""
+        shards, parents = self._values, self._parents
+        bit = holder.gpu_bit << tier
+        shard = shards[parent & _SHARD]
+        value = 0
+        if parent != ROOT_HASH:
+            value = shard.get(parent, 0)
+            if not value & holder.gpu_bit * _THIS_AND_NEARER[tier]:
+                self.num_orphans += len(hashes)
+                return
+        # Shared, so that a run of pages only one worker has costs two integers, not one a page.
+        bit_with_child, stored_again = bit + 1, bit | _STORED_AGAIN
+        num_fresh = num_new = 0
+        for page in hashes:
+            index = page & _SHARD
+            child_shard = shards[index]
+            child_value = child_shard.get(page)
+            if child_value is None:
+                if parent:
+                    shard[parent] = bit_with_child if value is bit else value + 1
+                child_shard[page] = child_value = bit
+                parents[index][page] = parent
+                num_new += 1
+            elif not child_value & bit:
+                child_value |= stored_again
+                child_shard[page] = child_value
+                num_fresh += 1
+            parent, value, shard = page, child_value, child_shard
+        holder.num_pages[tier] += num_new + num_fresh
+        self.num_prefixes += num_new
+        self._has_lower_tiers = self._has_lower_tiers or tier != GPU
+        if self.num_prefixes > self.max_prefixes:
+            self._drop_oldest()
+
+    def remove(self, holder: Holder, tier: int, hashes: Sequence[int]) -> None:
+        """Note that pages are gone from a tier, children first. Unknown ones are ignored."""
+        shards = self._values
+        bit = holder.gpu_bit << tier
+        num_gone = 0
+        for page in hashes:
+            shard = shards[page & _SHARD]
+            value = shard.get(page, 0)
+            if value & bit:
+                num_gone += 1
+                self._keep_or_erase(page, value ^ bit)
+        holder.num_pages[tier] -= num_gone
+
+    def match(self, chain: Sequence[int]) -> PrefixMatch:
+        """Leading pages of `chain` at every visible holder that has its first page.
+
+        `chain` is best a list: a protobuf container is slower to index.
+        """
+        drops = self._drops(chain) if chain else []
+        if self._has_lower_tiers:
+            return self._by_tier(drops)
+        worker_ids: list[str] = []
+        epochs: list[int] = []
+        pages: list[int] = []
+        for depth, lost in drops:
+            names = self._names.get(lost) or self._name(lost)
+            worker_ids += names.worker_ids
+            epochs += names.epochs
+            pages += [depth] * len(names.epochs)
+        return PrefixMatch(worker_ids, epochs, pages, pages, pages)
+
+    def scrub(self) -> bool:
+        """Clear the bits of retired holders in one shard; True while there is more to do."""
+        if not self._scrubbing:
+            if not self._retired:
+                return False
+            self._scrubbing, self._retired = self._retired, []
+        stale = sum(holder.gpu_bit * _THIS_AND_NEARER[REMOTE] for holder in self._scrubbing)
+        shard = self._values[self._scrub_shard]
+        for page in [page for page, value in shard.items() if value & stale]:
+            self._keep_or_erase(page, shard[page] & ~stale)
+        self._scrub_shard = (self._scrub_shard + 1) % _NUM_SHARDS
+        if self._scrub_shard == 0:
+            for holder in self._scrubbing:
+                self._by_slot[holder.slot] = None
+                heapq.heappush(self._free_slots, holder.slot)
+            self._scrubbing = []
+        return bool(self._scrubbing or self._retired)
+
+    def check(self) -> None:
+        """Assert every invariant, slowly; for tests."""
+        values = {page: value for shard in self._values for page, value in shard.items()}
+        parents = {page: parent for shard in self._parents for page, parent in shard.items()}
+        assert values.keys() == parents.keys(), "each page has a parent"
+        assert len(values) == self.num_prefixes, "pages are counted"
+        num_children = dict.fromkeys(values, 0)
+        for parent in parents.values():
+            if parent != ROOT_HASH:
+                num_children[parent] += 1
+        for page, value in values.items():
+            assert value & _NUM_CHILDREN == num_children[page], "children are counted"
+            assert value >= _HELD or num_children[page], "somebody needs each page"
+        owners = [holder for holder in self._by_slot if holder is not None]
+        for holder in set(owners) - {*self._retired, *self._scrubbing}:
+            for tier in range(NUM_TIERS):
+                held = [page for page, value in values.items() if value & holder.gpu_bit << tier]
+                assert len(held) == holder.num_pages[tier], "a holder's pages are counted"
+        used = sum(holder.gpu_bit * _THIS_AND_NEARER[REMOTE] for holder in owners)
+        for value in values.values():
+            assert not value >> _FIRST_SLOT_BIT << _FIRST_SLOT_BIT & ~used, "no bit is unowned"
+
+    def _drops(self, chain: Sequence[int]) -> list[tuple[int, int]]:
+        """Where holders fall off: (leading pages, bits lost there), depth ascending.
+
+        With lower tiers a bit stands for its tier or a nearer one; without, only GPU bits are
+        given. Bisection between pages whose bits differ takes about log2(n) look-ups a drop; a
+        chain with drops everywhere is walked, which costs less from there on.
+        """
+        length = len(chain)
+        low, low_bits = 0, self._bits(chain[0])
+        if not low_bits:
+            return []
+        drops: list[tuple[int, int]] = []
+        # Points beyond `low`, nearest last. Past its end nobody holds the chain.
+        known = [(length, 0), (length - 1, self._bits(chain[-1]) & low_bits)]
+        while low_bits and len(drops) * _PAGES_A_DROP <= length:
+            high, high_bits = known[-1]
+            if high_bits == low_bits or high - low <= 1:
+                if high_bits != low_bits:
+                    drops.append((high, low_bits & ~high_bits))
+                low, low_bits = high, high_bits
+                known.pop()
+            else:
+                middle = (low + high) >> 1
+                known.append((middle, self._bits(chain[middle]) & low_bits))
+        while low_bits:
+            low += 1
+            bits = self._bits(chain[low]) & low_bits if low < length else 0
+            if bits != low_bits:
+                drops.append((low, low_bits & ~bits))
+                low_bits = bits
+        return drops
+
+    def _bits(self, page: int) -> int:
+        """Bits of visible holders of a page; with lower tiers, each also sets those below it."""
+        bits = self._values[page & _SHARD].get(page, 0) & self._visible_bits
+        if self._has_lower_tiers:
+            bits |= (bits & self._visible_gpu) << 1
+            bits |= (bits & self._visible_gpu << 1) << 1
+        return bits
+
+    def _by_tier(self, drops: list[tuple[int, int]]) -> PrefixMatch:
+        """The match where a holder's tiers may end at different depths."""
+        pages_by_slot: dict[int, list[int]] = {}
+        for depth, lost in drops:
+            for bit in _ones(lost):
+                slot, tier = divmod(bit - _FIRST_SLOT_BIT, NUM_TIERS)
+                pages_by_slot.setdefault(slot, [0] * NUM_TIERS)[tier] = depth
+        holders = [self._owner(slot) for slot in pages_by_slot]
+        gpu, host, remote = zip(*pages_by_slot.values(), strict=True) if holders else ((), (), ())
+        return PrefixMatch(
+            [holder.worker_id for holder in holders],
+            [holder.epoch for holder in holders],
+            gpu,
+            host,
+            remote,
+        )
+
+    def _name(self, gpu_bits: int) -> _Names:
+        """The visible holders whose GPU bits these are, remembered until the holders change."""
+        holders = [holder for holder in self._visible if holder.gpu_bit & gpu_bits]
+        names = _Names(
+            tuple(holder.worker_id for holder in holders),
+            tuple(holder.epoch for holder in holders),
+        )
+        if len(self._names) >= _MAX_NAMES:
+            self._names.clear()
+        self._names[gpu_bits] = names
+        return names
+
+    def _owner(self, slot: int) -> Holder:
+        holder = self._by_slot[slot]
+        assert holder is not None, "a set bit has an owner"
+        return holder
+
+    def _set_visible(self, holders: list[Holder]) -> None:
+        self._visible = holders
+        self._visible_gpu = sum(holder.gpu_bit for holder in holders)
+        self._visible_bits = self._visible_gpu * _THIS_AND_NEARER[REMOTE]
+        self._names.clear()
+
+    def _keep_or_erase(self, page: int, value: int) -> None:
+        """Write a page's value after it lost holders, or forget it when it has none left.
+
+        A page without holders stays while it has children, which only a worker that removes a
+        parent first can cause; it goes with its last child.
+        """
+        if value >= _HELD or value & _NUM_CHILDREN:
+            self._values[page & _SHARD][page] = value
+            return
+        while True:
+            parent = self._erase(page)
+            if parent == ROOT_HASH:
+                return
+            value = self._values[parent & _SHARD][parent]
+            if value >= _HELD or value & _NUM_CHILDREN:
+                return
+            page = parent
+
+    def _erase(self, page: int) -> int:
+        """Forget a page without children; returns its parent, which has one child less."""
+        index = page & _SHARD
+        del self._values[index][page]
+        parent = self._parents[index].pop(page)
+        self.num_prefixes -= 1
+        if parent != ROOT_HASH:
+            self._values[parent & _SHARD][parent] -= 1
+        return parent
+
+    def _drop_oldest(self) -> None:
+        """Drop least recently stored branches until the bound holds.
+
+        The sweep is a clock (Corbato 1968) over pages in the order they were stored, shard by
+        shard: a page with children or stored again since goes to the end of the order; a leaf is
+        dropped together with its ancestors up to the first that has another child or was stored
+        again. Each page passed this way is dropped with its branch, so a drop costs O(1) pages
+        over time.
+        """
+        while self.num_prefixes > self.max_prefixes:
+            index = self._sweep_shard
+            values, parents = self._values[index], self._parents[index]
+            for page in list(islice(parents, _SWEEP_PAGES)):
+                value = values.get(page)
+                if value is None:
+                    continue
+                if value & (_NUM_CHILDREN | _STORED_AGAIN):
+                    values[page] = value & ~_STORED_AGAIN
+                    parents[page] = parents.pop(page)
+                elif self.num_prefixes > self.max_prefixes:
+                    self._drop_branch(page, value)
+            self._sweep_shard = (index + 1) % _NUM_SHARDS
+
+    def _drop_branch(self, page: int, value: int) -> None:
+        while not value & (_NUM_CHILDREN | _STORED_AGAIN):
+            self._uncount(value)
+            self.num_dropped += 1
+            page = self._erase(page)
+            if page == ROOT_HASH:
+                return
+            value = self._values[page & _SHARD][page]
+
+    def _uncount(self, bits: int) -> None:
+        """Take one page off the counts of the holders in `bits`."""
+        for bit in _ones(bits):
+            slot, tier = divmod(bit - _FIRST_SLOT_BIT, NUM_TIERS)
+            self._owner(slot).num_pages[tier] -= 1
+
+
+def _ones(bits: int) -> Iterator[int]:
+    """Positions of the bits that are set, highest first."""
+    while bits:
+        position = bits.bit_length() - 1
+        bits ^= 1 << position
+        yield position

@@ -1,0 +1,72 @@
+"""Prometheus metrics of the index, read when they are asked for, so that nothing counts twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from services.cache_index.discovery import Discovery
+from services.cache_index.index import PrefixIndex
+
+_TIER_NAMES = ("gpu", "host", "remote")
+
+
+class IndexCollector(Collector):
+    """The index's and its followers' numbers as they are now."""
+
+    def __init__(self, index: PrefixIndex, discovery: Discovery) -> None:
+        self._index = index
+        self._discovery = discovery
+
+    def collect(self) -> Iterator[Metric]:
+        index, prefix = self._index, "rhizome_cache_index"
+        yield GaugeMetricFamily(f"{prefix}_prefixes", "Prefixes held.", index.num_prefixes)
+        yield GaugeMetricFamily(
+            f"{prefix}_max_prefixes", "Bound on the prefixes held.", index.max_prefixes
+        )
+        yield CounterMetricFamily(
+            f"{prefix}_dropped_prefixes", "Prefixes dropped to hold the bound.", index.num_dropped
+        )
+        yield CounterMetricFamily(
+            f"{prefix}_orphans", "Pages announced without their parent.", index.num_orphans
+        )
+        pages = GaugeMetricFamily(
+            f"{prefix}_pages", "Pages a worker holds.", labels=("worker", "tier")
+        )
+        lag = GaugeMetricFamily(
+            f"{prefix}_lag_seconds",
+            "Age of a worker's newest event when applied.",
+            labels=["worker"],
+        )
+        resyncs = CounterMetricFamily(
+            f"{prefix}_resyncs", "Snapshots taken again.", labels=["worker"]
+        )
+        for follower in list(self._discovery.followers.values()):
+            holder = follower.holder
+            for name, count in zip(_TIER_NAMES, holder.num_pages if holder else (), strict=False):
+                pages.add_metric((follower.worker_id, name), count)
+            lag.add_metric((follower.worker_id,), follower.lag_ns / 1e9)
+            resyncs.add_metric((follower.worker_id,), follower.num_resyncs)
+        yield from (pages, lag, resyncs)
+
+
+@contextlib.contextmanager
+def metrics_server(port: int | None, collector: Collector) -> Iterator[None]:
+    """Serve `/metrics` on `port` until the block ends; nothing without a port."""
+    if port is None:
+        yield
+        return
+    registry = CollectorRegistry()
+    registry.register(collector)
+    server, thread = start_http_server(port, registry=registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,48 @@
+"""The whole service as one block: index, followers, gRPC server, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from rhizome.cache_index.v1 import cache_index_service_pb2 as pb
+from rhizome.cache_index.v1.cache_index_service_pb2_grpc import (
+    add_CacheIndexServiceServicer_to_server,
+)
+from services.cache_index.config import CacheIndexConfig
+from services.cache_index.discovery import Discovery
+from services.cache_index.index import PrefixIndex
+from services.cache_index.metrics import IndexCollector, metrics_server
+from services.cache_index.servicer import CacheIndexServicer
+from services.common.rpc import running_server
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCacheIndex:
+    """A started cache index; `port` is 0 for a Unix socket."""
+
+    port: int
+    index: PrefixIndex
+    discovery: Discovery
+
+
+@contextlib.asynccontextmanager
+async def running_cache_index(config: CacheIndexConfig) -> AsyncIterator[RunningCacheIndex]:
+    """Serve until the block ends. Raises OSError when an address cannot be bound."""
+    index = PrefixIndex(config.max_pages)
+    discovery = Discovery(index, config.scheduler)
+    servicer = CacheIndexServicer(index, discovery)
+    with metrics_server(config.metrics_port, IndexCollector(index, discovery)):
+        async with running_server(
+            lambda server: add_CacheIndexServiceServicer_to_server(servicer, server),
+            [pb.DESCRIPTOR.services_by_name["CacheIndexService"]],
+            config.listen,
+        ) as server:
+            following = asyncio.create_task(discovery.run())
+            try:
+                yield RunningCacheIndex(server.port, index, discovery)
+            finally:
+                following.cancel()
+                await asyncio.wait([following])

@@ -1,0 +1,72 @@
+"""CacheIndexService over the index: thin, because every microsecond here delays a placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rhizome.cache_index.v1 import cache_index_service_pb2 as pb
+from rhizome.cache_index.v1.cache_index_service_pb2_grpc import CacheIndexServiceServicer
+from rhizome.common.v1 import cache_tier_pb2
+from services.cache_index.discovery import Discovery
+from services.cache_index.follower import Follower
+from services.cache_index.index import NUM_TIERS, PrefixIndex
+
+# By the index's tier.
+_TIERS = (
+    cache_tier_pb2.CACHE_TIER_GPU,
+    cache_tier_pb2.CACHE_TIER_HOST,
+    cache_tier_pb2.CACHE_TIER_REMOTE,
+)
+
+
+class CacheIndexServicer(CacheIndexServiceServicer):
+    """Answers from the index as it is now."""
+
+    def __init__(self, index: PrefixIndex, discovery: Discovery) -> None:
+        self._index = index
+        self._discovery = discovery
+
+    async def MatchPrefix(
+        self, request: pb.MatchPrefixRequest, context: Any
+    ) -> pb.MatchPrefixResponse:
+        match = self._index.match
+        found = [match(list(chain.prefix_hashes)) for chain in request.chains]
+        return pb.MatchPrefixResponse(
+            matches=[
+                pb.ChainMatch(
+                    worker_ids=columns.worker_ids,
+                    epochs=columns.epochs,
+                    gpu_pages=columns.gpu_pages,
+                    host_pages=columns.host_pages,
+                    remote_pages=columns.remote_pages,
+                )
+                for columns in found
+            ]
+        )
+
+    async def GetIndexStatus(
+        self, request: pb.GetIndexStatusRequest, context: Any
+    ) -> pb.GetIndexStatusResponse:
+        followers = sorted(self._discovery.followers.items())
+        return pb.GetIndexStatusResponse(
+            followers=[_status(follower) for _, follower in followers],
+            num_prefixes=self._index.num_prefixes,
+            max_prefixes=self._index.max_prefixes,
+        )
+
+
+def _status(follower: Follower) -> pb.FollowerStatus:
+    holder = follower.holder
+    num_pages = holder.num_pages if holder is not None else [0] * NUM_TIERS
+    return pb.FollowerStatus(
+        worker_id=follower.worker_id,
+        epoch=follower.epoch,
+        state=follower.state,
+        sequence_number=follower.sequence_number,
+        lag_ns=follower.lag_ns,
+        pages=[
+            pb.PageCount(tier=tier, num_pages=count)
+            for tier, count in zip(_TIERS, num_pages, strict=True)
+        ],
+        num_resyncs=follower.num_resyncs,
+    )

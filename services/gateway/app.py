@@ -1,0 +1,110 @@
+"""The HTTP surface: routes, and what happens around every endpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from services.common.errors import RhizomeError
+from services.gateway import health
+from services.gateway.exchange import ClientGoneError, Exchange, Receive, Scope, Send
+from services.gateway.http_errors import HttpError
+from services.gateway.native import generate, info
+from services.gateway.openai import chat, completions
+from services.gateway.serving import Serving
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Serving, Exchange], Awaitable[None]]
+
+_ROUTES: list[tuple[str, list[str], Handler]] = [
+    ("/v1/chat/completions", ["POST"], chat.chat_completions),
+    ("/v1/completions", ["POST"], completions.completions),
+    ("/generate", ["POST", "PUT"], generate.generate),
+    ("/v1/models", ["GET"], health.models),
+    ("/v1/models/{model:path}", ["GET"], health.model),
+    ("/health", ["GET"], health.health),
+    ("/health_generate", ["GET"], health.health_generate),
+    ("/metrics", ["GET"], health.metrics),
+    ("/get_model_info", ["GET"], info.model_info),
+    ("/model_info", ["GET"], info.model_info),
+    ("/get_server_info", ["GET"], info.server_info),
+    ("/server_info", ["GET"], info.server_info),
+    ("/flush_cache", ["GET", "POST"], info.flush_cache),
+]
+_OTHER = "other"
+
+
+class GatewayApp:
+    """The ASGI application. Every request gets exactly one answer, errors in OpenAI's shape."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._router = Router(
+            [
+                Route(path, _Endpoint(serving, path, handler), methods=methods)
+                for path, methods, handler in _ROUTES
+            ],
+            redirect_slashes=False,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        # Makes the router raise for wrong paths and methods instead of answering in its own way.
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            exchange = Exchange(scope, receive, send, self._serving.limits.max_body_bytes)
+            await exchange.reply_error(_route_error(error, scope))
+            self._serving.pipeline.metrics.requests.labels(_OTHER, str(exchange.status)).inc()
+
+
+class _Endpoint:
+    """One route's handler with what all have in common: errors, metrics, the disconnect."""
+
+    def __init__(self, serving: Serving, path: str, handler: Handler) -> None:
+        self._serving = serving
+        self._path = path
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._serving.limits.max_body_bytes)
+        try:
+            exchange.check_headers()
+            await self._handler(self._serving, exchange)
+        except ClientGoneError:
+            # As nginx logs it; nobody sees it.
+            exchange.status = 499
+        except (RhizomeError, HttpError) as error:
+            await exchange.reply_error(error)
+            logger.info(
+                "event=request_refused request_id=%s path=%s status=%d error=%s",
+                exchange.request_id,
+                self._path,
+                exchange.status,
+                error,
+            )
+        except Exception as error:
+            logger.exception(
+                "event=request_failed request_id=%s path=%s", exchange.request_id, self._path
+            )
+            if exchange.status:
+                raise
+            await exchange.reply_error(error)
+        finally:
+            self._serving.pipeline.metrics.requests.labels(self._path, str(exchange.status)).inc()
+
+
+def _route_error(error: HTTPException, scope: Scope) -> HttpError:
+    path = scope["path"]
+    if error.status_code == 405:
+        refused = HttpError(405, f"{path} does not take {scope['method']}", "method_not_allowed")
+        allowed = (error.headers or {}).get("Allow", "")
+        refused.headers.append((b"allow", allowed.encode()))
+        return refused
+    return HttpError(404, f"There is nothing at {path!r:.200}", "not_found")

@@ -1,0 +1,67 @@
+"""What the operator asks of a gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """Serve the OpenAI-compatible and native HTTP APIs and the public gRPC API."""
+
+    schedulers: tuple[str, ...]
+    """gRPC target of a scheduler, preferred first; give the flag again for each replica."""
+
+    tokenizers: tuple[str, ...]
+    """gRPC target of a tokenizer; give the flag again for each replica."""
+
+    host: str = "127.0.0.1"
+    """Address to serve HTTP on."""
+
+    port: int = 30000
+    """Port to serve HTTP on; 0 picks a free one."""
+
+    grpc_listen: str = "localhost:30001"
+    """gRPC target to bind for the public API: `host:port` or `unix:/path`."""
+
+    gateway_id: str | None = None
+    """Name of this gateway among its replicas; drawn when absent."""
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    """Largest HTTP request body; larger ones are answered 413."""
+
+    max_inflight_requests: int = 4096
+    """Most prompts served at a time; more are answered 429."""
+
+    max_client_buffer_bytes: int = 4 * 1024 * 1024
+    """Output a slow reader may leave unread before its request is cancelled."""
+
+    keepalive_s: float = 10.0
+    """Longest silence on an event stream before a comment is sent."""
+
+    request_timeout_s: float | None = None
+    """Time a request may take in all; absent means no limit."""
+
+    shutdown_grace_s: float = 30.0
+    """Time that running requests get to finish after SIGTERM."""
+
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+    parent_pid: int | None = None
+    """Die when this process, the parent, dies."""
+
+    def __post_init__(self) -> None:
+        if not self.schedulers:
+            raise ValueError("schedulers must name at least one target")
+        if not self.tokenizers:
+            raise ValueError("tokenizers must name at least one target")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be in [0, 65535], got {self.port}")
+        for name in ("max_body_bytes", "max_inflight_requests", "max_client_buffer_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.keepalive_s <= 0:
+            raise ValueError(f"keepalive_s must be > 0, got {self.keepalive_s}")
+        if self.request_timeout_s is not None and self.request_timeout_s <= 0:
+            raise ValueError(f"request_timeout_s must be > 0, got {self.request_timeout_s}")

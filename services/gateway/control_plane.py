@@ -1,0 +1,286 @@
+"""What the gateway knows of the schedulers: the last worker table, placements, outcomes.
+
+A scheduler that says nothing for a second is left for the next one; when none answers, requests
+are placed by power of two choices over the last table. So the control plane's absence costs
+affinity, never requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from grpc import aio
+
+from rhizome.common.v1.pool_identity_pb2 import PoolIdentity
+from rhizome.common.v1.worker_role_pb2 import WORKER_ROLE_DECODE
+from rhizome.scheduler.v1.scheduler_service_pb2 import (
+    WORKER_STATE_READY,
+    Placement,
+    Pool,
+    ReportRequestsRequest,
+    RequestOutcome,
+    ScheduleRequest,
+    ScheduleResponse,
+    WatchWorkersRequest,
+    WatchWorkersResponse,
+    WorkerEntry,
+)
+from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
+from services.common.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+    error_from_rpc,
+)
+from services.common.rpc import open_channel
+
+if TYPE_CHECKING:
+    from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceAsyncStub
+
+logger = logging.getLogger(__name__)
+
+# A scheduler says something at least every 500 ms.
+_SILENCE_S = 1.0
+_RECONNECT_S = 0.2
+_REPORT_INTERVAL_S = 0.1
+_REPORT_TIMEOUT_S = 2.0
+_MAX_UNREPORTED = 10_000
+# Statuses that say something about the scheduler and not about the request.
+_NOT_A_VERDICT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+FALLBACK_POLICY = "gateway/power_of_two"
+
+
+@dataclass(slots=True, frozen=True)
+class ServedModel:
+    """One pool, as clients know it."""
+
+    name: str
+    identity: PoolIdentity
+    context_length: int
+    vocab_size: int
+
+
+class WorkerTable:
+    """The last worker table a scheduler sent; kept when the schedulers are gone."""
+
+    def __init__(self) -> None:
+        self._pools: list[Pool] = []
+        self._models: dict[str, ServedModel] = {}
+
+    def update(self, pools: Iterable[Pool]) -> None:
+        self._pools = list(pools)
+        self._models = {
+            pool.identity.served_model_name: ServedModel(
+                pool.identity.served_model_name,
+                pool.identity,
+                pool.context_length,
+                pool.vocab_size,
+            )
+            for pool in self._pools
+        }
+
+    @property
+    def models(self) -> list[ServedModel]:
+        return list(self._models.values())
+
+    @property
+    def identity(self) -> PoolIdentity | None:
+        """Of the first pool; the pools of one deployment share a tokenizer."""
+        return self._pools[0].identity if self._pools else None
+
+    def model(self, name: str) -> ServedModel:
+        """The pool that serves `name`; empty and "default" mean the only one."""
+        if not self._models:
+            raise UnavailableError("no model is served yet")
+        if name in self._models:
+            return self._models[name]
+        if name in ("", "default"):
+            if len(self._models) == 1:
+                return next(iter(self._models.values()))
+            raise InvalidRequestError(
+                f"several models are served; name one of {', '.join(self._models)}", "model"
+            )
+        raise NotFoundError(f"The model `{name}` does not exist; served: {', '.join(self._models)}")
+
+    def workers(self, model: str | None = None) -> list[WorkerEntry]:
+        return [
+            worker
+            for pool in self._pools
+            if model is None or pool.identity.served_model_name == model
+            for worker in pool.workers
+        ]
+
+    def has_ready_worker(self) -> bool:
+        return any(worker.state == WORKER_STATE_READY for worker in self.workers())
+
+
+class ControlPlane:
+    """Placements from whichever scheduler answers; the table; outcomes, sent in batches."""
+
+    def __init__(
+        self, schedulers: Iterable[str], num_choices_on: Callable[[str], int] = lambda _: 0
+    ) -> None:
+        self.table = WorkerTable()
+        self._addresses = list(schedulers)
+        self._channels = [open_channel(address) for address in self._addresses]
+        self._stubs = [SchedulerServiceStub(channel) for channel in self._channels]
+        # Index of the scheduler that answered last.
+        self._preferred = 0
+        self._num_choices_on = num_choices_on
+        self._outcomes: list[RequestOutcome] = []
+        # Calls that have answered and not ended yet.
+        self._ending: set[object] = set()
+
+    @contextlib.asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Keep the table and send outcomes until the block ends."""
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._send_outcomes()
+            for channel in self._channels:
+                await channel.close()
+
+    def report(self, outcome: RequestOutcome) -> None:
+        """Tell the schedulers, soon and at most once, how a placement went."""
+        if len(self._outcomes) < _MAX_UNREPORTED:
+            self._outcomes.append(outcome)
+
+    async def schedule(self, request: ScheduleRequest) -> Placement:
+        """Place one attempt; waits in the scheduler's queue. Raises its verdict."""
+        failure: aio.AioRpcError | None = None
+        for step in range(len(self._stubs)):
+            index = (self._preferred + step) % len(self._stubs)
+            try:
+                placement = await self._ask(self._stubs[index], request)
+            except aio.AioRpcError as error:
+                if error.code() not in _NOT_A_VERDICT:
+                    raise error_from_rpc(error) from error
+                failure = error
+                continue
+            if placement is not None:
+                self._preferred = index
+                return placement
+        placement = self._place_without_scheduler(request)
+        if placement is None:
+            raise UnavailableError(
+                f"no worker can serve the model `{request.model}` now"
+            ) from failure
+        logger.warning(
+            "event=placed_without_scheduler request_id=%s worker=%s",
+            request.request_id,
+            placement.worker_id,
+        )
+        return placement
+
+    async def _ask(
+        self, stub: SchedulerServiceAsyncStub, request: ScheduleRequest
+    ) -> Placement | None:
+        """One scheduler's placement; None when it goes silent."""
+        call = stub.Schedule(request)
+        try:
+            while True:
+                async with asyncio.timeout(_SILENCE_S):
+                    response = await call.read()
+                if not isinstance(response, ScheduleResponse):
+                    return None
+                if response.HasField("placed"):
+                    # Cancelling would give the reservation back, and so would forgetting the call.
+                    self._ending.add(call)
+                    call.add_done_callback(self._ending.discard)
+                    return response.placed
+        except TimeoutError:
+            call.cancel()
+            return None
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+
+    def _place_without_scheduler(self, request: ScheduleRequest) -> Placement | None:
+        candidates = [
+            worker
+            for worker in self.table.workers(request.model)
+            if worker.state == WORKER_STATE_READY
+            and worker.role != WORKER_ROLE_DECODE
+            and worker.worker_id not in request.excluded_worker_ids
+        ]
+        if not candidates:
+            return None
+        pair = random.sample(candidates, min(2, len(candidates)))
+        chosen = min(pair, key=self._load)
+        return Placement(
+            worker_id=chosen.worker_id,
+            address=chosen.address,
+            epoch=chosen.epoch,
+            policy=FALLBACK_POLICY,
+        )
+
+    def _load(self, worker: WorkerEntry) -> float:
+        """Relative to its size; our own choices stand in when the table is older than they are."""
+        running = max(
+            worker.num_running + worker.num_waiting, self._num_choices_on(worker.worker_id)
+        )
+        return running / max(1, worker.max_running_sequences)
+
+    async def _watch(self) -> None:
+        """Follow one scheduler's table; on silence or failure, the next one's."""
+        index = 0
+        while True:
+            call = self._stubs[index].WatchWorkers(WatchWorkersRequest())
+            try:
+                while True:
+                    async with asyncio.timeout(2 * _SILENCE_S):
+                        response = await call.read()
+                    if not isinstance(response, WatchWorkersResponse):
+                        break
+                    if not response.unchanged:
+                        self.table.update(response.pools)
+            except (aio.AioRpcError, TimeoutError) as error:
+                status = error.code().name if isinstance(error, aio.AioRpcError) else "SILENT"
+                logger.debug(
+                    "event=watch_lost scheduler=%s status=%s", self._addresses[index], status
+                )
+            finally:
+                call.cancel()
+            index = (index + 1) % len(self._stubs)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_INTERVAL_S)
+            await self._send_outcomes()
+
+    async def _send_outcomes(self) -> None:
+        if not self._outcomes:
+            return
+        request = ReportRequestsRequest(outcomes=self._outcomes)
+        self._outcomes = []
+        try:
+            await self._stubs[self._preferred].ReportRequests(request, timeout=_REPORT_TIMEOUT_S)
+        except aio.AioRpcError as error:
+            # Outcomes only correct estimates; the scheduler's leases cover what is missing.
+            logger.debug("event=report_failed status=%s", error.code().name)
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return message

@@ -1,0 +1,99 @@
+"""Puts a gateway together from its configuration, and takes it apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from rhizome.inference.v1 import inference_service_pb2
+from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from services.common.rpc import RunningServer, running_server
+from services.gateway.app import GatewayApp
+from services.gateway.config import GatewayConfig
+from services.gateway.control_plane import ControlPlane
+from services.gateway.exchange import KeepAlive
+from services.gateway.http_server import running_http_server
+from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.pipeline import Pipeline
+from services.gateway.serving import Limits, Serving
+from services.gateway.tokenizers import TokenizerPool
+from services.gateway.worker_sessions import WorkerSessions
+
+_READINESS_INTERVAL_S = 0.2
+
+
+@dataclass(slots=True)
+class RunningGateway:
+    """A gateway that serves: its bound ports (0 for a Unix socket) and its pipeline."""
+
+    http_port: int
+    grpc_port: int
+    pipeline: Pipeline
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway]:
+    """Serve HTTP and gRPC until the block ends; then running requests may finish."""
+    gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
+    control = ControlPlane(config.schedulers, lambda worker: workers.num_choices(worker))
+    tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity)
+    workers = WorkerSessions(gateway_id, tokenizers)
+    pipeline = Pipeline(
+        control, tokenizers, workers, GatewayMetrics(), config.max_inflight_requests
+    )
+    serving = Serving(
+        pipeline,
+        KeepAlive(config.keepalive_s),
+        Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(control.following())
+        await stack.enter_async_context(tokenizers.following())
+        stack.push_async_callback(workers.aclose)
+        await stack.enter_async_context(_background(workers.watch(), serving.keep_alive.run()))
+        server = await stack.enter_async_context(
+            running_server(
+                lambda server: add_InferenceServiceServicer_to_server(
+                    InferenceServicer(serving), server
+                ),
+                [inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]],
+                config.grpc_listen,
+                ready=False,
+                grace_s=config.shutdown_grace_s,
+            )
+        )
+        await stack.enter_async_context(_background(_follow_readiness(server, pipeline)))
+        http_port = await stack.enter_async_context(
+            running_http_server(
+                GatewayApp(serving),
+                config.host,
+                config.port,
+                grace_s=config.shutdown_grace_s,
+            )
+        )
+        yield RunningGateway(http_port, server.port, pipeline)
+
+
+@contextlib.asynccontextmanager
+async def _background(*coroutines: object) -> AsyncIterator[None]:
+    tasks = [asyncio.ensure_future(c) for c in coroutines]  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow_readiness(server: RunningServer, pipeline: Pipeline) -> None:
+    """gRPC health says SERVING while a request could be served."""
+    ready = False
+    while True:
+        if pipeline.ready != ready:
+            ready = not ready
+            await server.set_ready(ready)
+        await asyncio.sleep(_READINESS_INTERVAL_S)

@@ -1,0 +1,114 @@
+"""The HTTP server: uvicorn with httptools, and a direct way to write a streamed body.
+
+ASGI's `send` costs a coroutine and a dictionary per chunk; an event stream writes one chunk a
+token. The protocol therefore puts a `BodyWriter` into the scope's extensions, which frames a chunk
+and hands it to the transport in one plain call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+BODY_WRITER_EXTENSION = "rhizome.body_writer"
+
+
+class BodyWriter:
+    """Writes pieces of one response's chunked body straight to its connection.
+
+    To be used only between the ASGI messages `http.response.start` (without a content-length) and
+    the last `http.response.body`, which stay with `send`.
+    """
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        """Send one non-empty piece; nothing happens once the client is gone."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Drop the connection with what is buffered."""
+        self._transport.abort()
+
+
+class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        raw_socket = transport.get_extra_info("socket")
+        if raw_socket is not None and raw_socket.family in (socket.AF_INET, socket.AF_INET6):
+            raw_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().connection_made(transport)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = {BODY_WRITER_EXTENSION: BodyWriter(self.transport)}
+        self.scope["extensions"] = extensions
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the service's main."""
+        yield
+
+
+@contextlib.asynccontextmanager
+async def running_http_server(
+    app: Callable[..., Any], host: str, port: int, *, grace_s: float
+) -> AsyncIterator[int]:
+    """Serve `app` until the block ends, then let running requests finish for `grace_s`.
+
+    Yields the bound port. Raises OSError when the address cannot be bound.
+    """
+    listener = _bind(host, port)
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            if task.done():
+                task.result()
+                raise OSError(f"the HTTP server on {host}:{port} did not start")
+            await asyncio.sleep(0.01)
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, kind, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,33 @@
+"""The gateway's process."""
+
+from __future__ import annotations
+
+import logging
+
+from services.common import process
+from services.common.config import parse_config
+from services.common.logs import configure_logging
+from services.gateway.config import GatewayConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run a gateway until SIGINT or SIGTERM."""
+    config = parse_config(GatewayConfig, "gateway")
+    if config.parent_pid is not None:
+        process.die_with_parent(config.parent_pid)
+    configure_logging("gateway", config.log_level)
+    process.run(_serve(config))
+
+
+async def _serve(config: GatewayConfig) -> None:
+    from services.gateway.gateway import running_gateway
+
+    stop = process.stop_event()
+    async with running_gateway(config) as gateway:
+        logger.info(
+            "event=ready http=%s:%d grpc=%s", config.host, gateway.http_port, config.grpc_listen
+        )
+        await stop.wait()
+        logger.info("event=stopping inflight=%d", gateway.pipeline.num_inflight)

@@ -1,0 +1,74 @@
+"""Prometheus metrics of the gateway. Labels are bounded: endpoints, statuses, models, workers."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120, 400)
+_TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 8)
+_E2E_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640, 1200, 2400)
+
+
+class GatewayMetrics:
+    """The counters of one gateway, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter(
+            "rhizome_gateway_requests_total",
+            "Requests answered, by endpoint and status.",
+            ("endpoint", "status"),
+            registry=registry,
+        )
+        self.inflight = Gauge(
+            "rhizome_gateway_inflight_prompts", "Prompts being served.", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "rhizome_gateway_prompt_tokens_total", "Prompt tokens.", ("model",), registry=registry
+        )
+        self.cached_tokens = Counter(
+            "rhizome_gateway_cached_tokens_total",
+            "Prompt tokens that a worker's cache held.",
+            ("model",),
+            registry=registry,
+        )
+        self.output_tokens = Counter(
+            "rhizome_gateway_output_tokens_total", "Output tokens.", ("model",), registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "rhizome_gateway_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            ("model",),
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.time_per_output_token = Histogram(
+            "rhizome_gateway_time_per_output_token_seconds",
+            "Mean time between a choice's tokens after the first.",
+            ("model",),
+            buckets=_TPOT_BUCKETS,
+            registry=registry,
+        )
+        self.request_latency = Histogram(
+            "rhizome_gateway_request_latency_seconds",
+            "From the request's arrival to its end.",
+            ("model",),
+            buckets=_E2E_BUCKETS,
+            registry=registry,
+        )
+        self.migrations = Counter(
+            "rhizome_gateway_migrations_total",
+            "Choices that went on after their worker lost them.",
+            registry=registry,
+        )
+        self.slow_readers = Counter(
+            "rhizome_gateway_slow_readers_total",
+            "Requests cancelled because their client did not read.",
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,445 @@
+"""A prompt's way through the services: tokenize, schedule, run on a worker, become text.
+
+`Pipeline` holds the parts; `Generation.run` is one prompt's life, migrations included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from rhizome.common.v1.logprobs_pb2 import LogprobOptions
+from rhizome.scheduler.v1.scheduler_service_pb2 import Placement, RequestOutcome, ScheduleRequest
+from services.common.errors import (
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    RhizomeError,
+    UnavailableError,
+)
+from services.common.prefix_hash import cache_namespace, prefix_hashes
+from services.gateway.control_plane import ControlPlane, ServedModel, duration
+from services.gateway.generation import (
+    Choice,
+    ChoiceListener,
+    GenerationSpec,
+    LogprobRows,
+    Prompt,
+)
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.tokenizers import TokenizerPool
+from services.gateway.worker_sessions import WorkerSession, WorkerSessions, remaining_time
+
+logger = logging.getLogger(__name__)
+
+# Losses of a worker that one prompt survives.
+_MAX_MIGRATIONS = 3
+# How long a prompt that lost its worker waits for another one.
+_MIGRATION_PATIENCE_S = 20.0
+_MIGRATION_RETRY_S = 0.2
+
+
+@dataclass(slots=True)
+class Hops:
+    """Where a prompt's time went, in seconds, and who served it."""
+
+    tokenize_s: float = 0.0
+    schedule_s: float = 0.0
+    worker_ids: list[str] = field(default_factory=list)
+    policy: str = ""
+    predicted_cached_tokens: int = 0
+
+
+class Pipeline:
+    """The services behind the gateway, and what every prompt shares."""
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        tokenizers: TokenizerPool,
+        workers: WorkerSessions,
+        metrics: GatewayMetrics,
+        max_inflight_requests: int,
+    ) -> None:
+        self.control = control
+        self.tokenizers = tokenizers
+        self.workers = workers
+        self.metrics = metrics
+        self.num_inflight = 0
+        self._max_inflight = max_inflight_requests
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        return self.tokenizers.usable and self.control.table.has_ready_worker()
+
+    async def prepare(self, model: ServedModel, specs: Sequence[GenerationSpec]) -> list[Prompt]:
+        """Tokenize and hash prompts and hold them against the model's limits."""
+        prompts: list[Prompt | None] = [None] * len(specs)
+        page_size = model.identity.page_size
+        by_namespace: dict[str, list[int]] = {}
+        for index, spec in enumerate(specs):
+            _check_vocabulary(spec, model)
+            namespace = cache_namespace(model.identity.model_revision, salt=spec.cache_salt)
+            if spec.input is None:
+                _check_token_ids(spec.token_ids, model, spec.input_param)
+                hashes = prefix_hashes(spec.token_ids, page_size, namespace)
+                prompts[index] = Prompt(
+                    spec=spec,
+                    token_ids=spec.token_ids,
+                    prefix_hashes=hashes,
+                    namespace=namespace,
+                    model=model.name,
+                )
+            else:
+                by_namespace.setdefault(namespace, []).append(index)
+        for namespace, indices in by_namespace.items():
+            inputs = [value for i in indices if (value := specs[i].input) is not None]
+            try:
+                results = await self.tokenizers.tokenize(inputs, namespace, page_size)
+            except InvalidRequestError as error:
+                error.param = error.param or specs[indices[0]].input_param
+                raise
+            for index, result in zip(indices, results, strict=True):
+                spec = specs[index]
+                if result.template_stop:
+                    known = spec.text_options.stop
+                    known.extend(stop for stop in result.template_stop if stop not in known)
+                prompts[index] = Prompt(
+                    spec=spec,
+                    token_ids=list(result.token_ids),
+                    prefix_hashes=list(result.prefix_hashes),
+                    namespace=namespace,
+                    model=model.name,
+                )
+        prepared = [prompt for prompt in prompts if prompt is not None]
+        for prompt in prepared:
+            _fit_context(prompt, model)
+        return prepared
+
+    def admit(self, num_prompts: int) -> None:
+        """Count prompts in; each leaves when its generation's run ends."""
+        if self.num_inflight + num_prompts > self._max_inflight:
+            raise OverloadedError("the gateway is serving as many requests as it may")
+        self.num_inflight += num_prompts
+        self.metrics.inflight.set(self.num_inflight)
+
+    def leave(self, num_prompts: int) -> None:
+        self.num_inflight -= num_prompts
+        self.metrics.inflight.set(self.num_inflight)
+
+
+class Generation:
+    """One prompt's choices, from placement to their ends, on whichever workers they need.
+
+    `placed` completes when a worker has them for the first time.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, prompt: Prompt, listener: ChoiceListener, arrival_s: float
+    ) -> None:
+        spec = prompt.spec
+        self.prompt = prompt
+        self.hops = Hops()
+        self.arrival_s = arrival_s
+        self.end_s = 0.0
+        self.placed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pipeline = pipeline
+        self._first_arrival = Timestamp()
+        self._first_arrival.GetCurrentTime()
+        self._sessions: dict[Choice, WorkerSession] = {}
+        self._lost: list[Choice] = []
+        self._num_ended = 0
+        self._loss: RhizomeError | None = None
+        self._error: RhizomeError | None = None
+        self._changed = asyncio.Event()
+        if not spec.sampling.HasField("seed"):
+            spec.sampling.seed = secrets.randbits(64)
+        options = spec.logprobs
+        self.choices = [
+            Choice(
+                prompt=prompt,
+                index=index,
+                owner=self,
+                listener=listener,
+                trim_stop_id=not spec.text_options.no_stop_trim,
+                prompt_logprobs=_prompt_rows(options, index),
+                output_logprobs=_output_rows(options, len(prompt.token_ids)),
+            )
+            for index in range(spec.num_choices)
+        ]
+
+    async def run(self) -> None:
+        """Return when every choice has ended. Raises what stops the prompt for good."""
+        try:
+            async with _time_limit(self.prompt.spec.deadline):
+                await self._run_attempts()
+        except TimeoutError as error:
+            raise DeadlineError("the request's time is over") from error
+        finally:
+            self.end_s = time.monotonic()
+            for choice in self.choices:
+                if not choice.ended and (session := self._sessions.get(choice)) is not None:
+                    session.cancel(choice)
+            self._observe()
+
+    async def _run_attempts(self) -> None:
+        pending = self.choices
+        excluded: list[str] = []
+        attempt = 0
+        while pending:
+            placement = await self._place(len(pending), attempt, excluded)
+            self._submit(pending, placement)
+            code = grpc.StatusCode.CANCELLED.value[0]
+            try:
+                pending = await self._losses()
+                code = self._loss.code if pending and self._loss is not None else 0
+            except RhizomeError as error:
+                code = error.code
+                raise
+            finally:
+                self._report(attempt, placement, code)
+            if pending:
+                attempt += 1
+                excluded.append(placement.worker_id)
+                self._check_migration(attempt)
+
+    def choice_ended(self, choice: Choice) -> None:
+        self._num_ended += 1
+        if self._num_ended == len(self.choices):
+            self._changed.set()
+
+    def choice_failed(self, choice: Choice, error: RhizomeError) -> None:
+        self._error = error
+        self._changed.set()
+
+    def choice_lost(self, choice: Choice, error: RhizomeError) -> None:
+        self._lost.append(choice)
+        self._loss = error
+        self._changed.set()
+
+    async def _place(self, num_choices: int, attempt: int, excluded: list[str]) -> Placement:
+        """Ask for a worker; a prompt that lost one may have to wait for the next."""
+        spec = self.prompt.spec
+        started = time.monotonic()
+        request = ScheduleRequest(
+            request_id=spec.schedule_id,
+            attempt=attempt,
+            model=self.prompt.model,
+            prefix_hashes=self.prompt.prefix_hashes,
+            num_prompt_tokens=len(self.prompt.token_ids),
+            max_new_tokens=spec.sampling.max_new_tokens,
+            num_choices=num_choices,
+            priority=spec.priority,
+            first_arrival=self._first_arrival,
+            excluded_worker_ids=excluded,
+            session_id=spec.session_id,
+        )
+        while True:
+            if (left := remaining_time(spec.deadline)) is not None:
+                request.remaining.CopyFrom(left)
+            try:
+                placement = await self._pipeline.control.schedule(request)
+                break
+            except UnavailableError:
+                if attempt == 0 or time.monotonic() - started > _MIGRATION_PATIENCE_S:
+                    raise
+            # Nobody else: the worker that failed it may be back under a new epoch.
+            del request.excluded_worker_ids[:]
+            await asyncio.sleep(_MIGRATION_RETRY_S)
+        self.hops.schedule_s += time.monotonic() - started
+        self.hops.worker_ids.append(placement.worker_id)
+        self.hops.policy = placement.policy
+        self.hops.predicted_cached_tokens = placement.predicted_cached_tokens
+        return placement
+
+    def _submit(self, choices: list[Choice], placement: Placement) -> None:
+        session = self._pipeline.workers.session(
+            placement.worker_id, placement.address, placement.epoch
+        )
+        for choice in choices:
+            self._sessions[choice] = session
+            session.submit(choice, placement.reservation_id, self._logprob_options(choice))
+        if not self.placed.done():
+            self.placed.set_result(None)
+
+    def _logprob_options(self, choice: Choice) -> LogprobOptions | None:
+        """What is still wanted: prompt rows once, and only of the first choice."""
+        options = self.prompt.spec.logprobs
+        if options is None or not options.HasField("prompt_start"):
+            return options
+        wanted = LogprobOptions()
+        wanted.CopyFrom(options)
+        rows = choice.prompt_logprobs
+        if rows is None or len(rows) == len(self.prompt.token_ids) - rows.start_position:
+            wanted.ClearField("prompt_start")
+        return wanted
+
+    async def _losses(self) -> list[Choice]:
+        """Wait until all choices ended, or some lost their worker; returns those."""
+        await self._changed.wait()
+        self._changed.clear()
+        if self._error is not None:
+            raise self._error
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _check_migration(self, attempt: int) -> None:
+        loss = self._loss
+        assert loss is not None, "a choice is lost for a reason"
+        if attempt > _MAX_MIGRATIONS:
+            if isinstance(loss, OverloadedError):
+                raise loss
+            raise InternalError(f"{attempt} workers in turn failed the request: {loss.message}")
+        self._pipeline.metrics.migrations.inc()
+        logger.warning(
+            "event=request_migrates request_id=%s attempt=%d error=%s",
+            self.prompt.spec.schedule_id,
+            attempt,
+            loss.message,
+        )
+
+    def _report(self, attempt: int, placement: Placement, code: int) -> None:
+        first = self.first_token_s
+        self._pipeline.control.report(
+            RequestOutcome(
+                request_id=self.prompt.spec.schedule_id,
+                attempt=attempt,
+                reservation_id=placement.reservation_id,
+                worker_id=placement.worker_id,
+                code=code,
+                num_prompt_tokens=len(self.prompt.token_ids),
+                cached_tokens=self.cached_tokens,
+                output_tokens=self.num_output_tokens,
+                time_to_first_token=duration(first - self.arrival_s) if first else None,
+                total_time=duration(time.monotonic() - self.arrival_s),
+            )
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were cached for the first choice; its siblings share them."""
+        return self.choices[0].cached_tokens
+
+    @property
+    def elapsed_s(self) -> float:
+        """From the request's arrival to its end, or to now."""
+        return (self.end_s or time.monotonic()) - self.arrival_s
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(choice.output_ids) for choice in self.choices)
+
+    @property
+    def first_token_s(self) -> float:
+        """Monotonic time of the first token of any choice; 0 before."""
+        return min((c.first_token_s for c in self.choices if c.first_token_s), default=0.0)
+
+    def _observe(self) -> None:
+        metrics, model = self._pipeline.metrics, self.prompt.model
+        metrics.prompt_tokens.labels(model).inc(len(self.prompt.token_ids))
+        metrics.cached_tokens.labels(model).inc(self.cached_tokens)
+        metrics.output_tokens.labels(model).inc(self.num_output_tokens)
+        metrics.request_latency.labels(model).observe(self.end_s - self.arrival_s)
+        if first := self.first_token_s:
+            metrics.time_to_first_token.labels(model).observe(first - self.arrival_s)
+            longest = max(len(choice.output_ids) for choice in self.choices)
+            if longest > 1:
+                metrics.time_per_output_token.labels(model).observe(
+                    (self.end_s - first) / (longest - 1)
+                )
+
+
+async def run_all(generations: Sequence[Generation]) -> None:
+    """Run prompts side by side; the first failure ends the others."""
+    if len(generations) == 1:
+        await generations[0].run()
+        return
+    tasks = [asyncio.create_task(generation.run()) for generation in generations]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _time_limit(deadline: float | None) -> asyncio.Timeout:
+    return asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+
+def _prompt_rows(options: LogprobOptions | None, index: int) -> LogprobRows | None:
+    if options is None or not options.HasField("prompt_start") or index > 0:
+        return None
+    return LogprobRows(options.prompt_start, len(options.token_ids))
+
+
+def _output_rows(options: LogprobOptions | None, prompt_len: int) -> LogprobRows | None:
+    if options is None or not options.output:
+        return None
+    return LogprobRows(prompt_len, len(options.token_ids))
+
+
+def _check_vocabulary(spec: GenerationSpec, model: ServedModel) -> None:
+    """Ids in parameters must name tokens."""
+    limit = model.vocab_size
+    if not limit:
+        return
+    named = (
+        ("stop_token_ids", spec.sampling.stop_token_ids),
+        ("logit_bias", spec.sampling.logit_bias_ids),
+        ("token_ids_logprob", spec.logprobs.token_ids if spec.logprobs is not None else ()),
+    )
+    for param, ids in named:
+        if ids and max(ids) >= limit:
+            raise InvalidRequestError(
+                f"{param}: token id {max(ids)} is not in the vocabulary of {limit} tokens", param
+            )
+
+
+def _check_token_ids(ids: Sequence[int], model: ServedModel, param: str) -> None:
+    if ids and model.vocab_size and max(ids) >= model.vocab_size:
+        raise InvalidRequestError(
+            f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param
+        )
+
+
+def _fit_context(prompt: Prompt, model: ServedModel) -> None:
+    """The prompt must leave room for a token; the limit on output becomes what fits."""
+    spec, length = prompt.spec, len(prompt.token_ids)
+    if length == 0:
+        raise InvalidRequestError("the prompt is empty: it has no tokens", spec.input_param)
+    sampling = spec.sampling
+    wants_output = not sampling.HasField("max_new_tokens") or sampling.max_new_tokens > 0
+    room = model.context_length - length
+    if room < (1 if wants_output else 0):
+        raise InvalidRequestError(
+            f"This model's maximum context length is {model.context_length} tokens, but the "
+            f"prompt has {length} tokens" + (" and leaves no room for output" if room == 0 else ""),
+            spec.input_param,
+        )
+    if not sampling.HasField("max_new_tokens") or sampling.max_new_tokens > room:
+        sampling.max_new_tokens = room
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise InvalidRequestError(
+            f"the minimum of {sampling.min_new_tokens} new tokens exceeds the "
+            f"{sampling.max_new_tokens} that may be produced",
+            "min_tokens",
+        )
+    if spec.logprobs is not None and spec.logprobs.HasField("prompt_start"):
+        if spec.logprobs.prompt_start > length:
+            raise InvalidRequestError(
+                f"logprob_start_len is {spec.logprobs.prompt_start}, but the prompt has "
+                f"{length} tokens",
+                "logprob_start_len",
+            )
+        if spec.logprobs.prompt_start == length:
+            spec.logprobs.ClearField("prompt_start")

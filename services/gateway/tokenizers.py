@@ -1,0 +1,204 @@
+"""The tokenizer replicas: which may be used, encoding and decoding through them.
+
+A replica is used only while its digests equal those of the pool that is served: otherwise prompts
+would be encoded, or text decoded, silently wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
+
+import grpc
+from grpc import aio
+
+from rhizome.common.v1.pool_identity_pb2 import PoolIdentity
+from rhizome.common.v1.text_options_pb2 import TextOptions
+from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
+    DetokenizeRequest,
+    GetTokenizerInfoRequest,
+    GetTokenizerInfoResponse,
+    TokenizedInput,
+    TokenizeInput,
+    TokenizeRequest,
+    TokenSequence,
+)
+from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
+from services.common.errors import UnavailableError, error_from_rpc
+from services.common.rpc import open_channel
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_CHECK_INTERVAL_S = 5.0
+_UNREACHED_INTERVAL_S = 0.25
+_INFO_TIMEOUT_S = 2.0
+_CALL_TIMEOUT_S = 60.0
+_IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
+
+
+class TokenizerReplica:
+    """One tokenizer: its channel and what it said about itself, None while unreachable."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = open_channel(address)
+        self.stub = TokenizerServiceStub(self.channel)
+        self.info: GetTokenizerInfoResponse | None = None
+        self._check_now = asyncio.Event()
+
+    def suspect(self) -> None:
+        """Use others until this one has answered again."""
+        self.info = None
+        self._check_now.set()
+
+    async def follow(self) -> None:
+        """Keep `info` current, for ever."""
+        while True:
+            interval = _CHECK_INTERVAL_S
+            try:
+                self.info = await self.stub.GetTokenizerInfo(
+                    GetTokenizerInfoRequest(), timeout=_INFO_TIMEOUT_S
+                )
+            except aio.AioRpcError as error:
+                if self.info is not None:
+                    logger.warning(
+                        "event=tokenizer_lost tokenizer=%s status=%s",
+                        self.address,
+                        error.code().name,
+                    )
+                self.info = None
+                interval = _UNREACHED_INTERVAL_S
+            self._check_now.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._check_now.wait()
+
+
+class TokenizerPool:
+    """All replicas; hands out those that fit the served pool, in turn.
+
+    `identity` is what the pool declares, or None while it is unknown.
+    """
+
+    def __init__(
+        self, addresses: Iterable[str], identity: Callable[[], PoolIdentity | None]
+    ) -> None:
+        self._replicas = [TokenizerReplica(address) for address in addresses]
+        self._identity = identity
+        self._turn = itertools.count()
+        self._pieces: dict[int, bytes] = {}
+        self._reported: set[tuple[str, str]] = set()
+
+    @contextlib.asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Watch the replicas until the block ends, then close their channels."""
+        tasks = [asyncio.create_task(replica.follow()) for replica in self._replicas]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for replica in self._replicas:
+                await replica.channel.close()
+
+    def pick(self) -> TokenizerReplica | None:
+        """The next usable replica, or None."""
+        first = next(self._turn)
+        for step in range(len(self._replicas)):
+            replica = self._replicas[(first + step) % len(self._replicas)]
+            if replica.info is not None and not self._mismatch(replica):
+                return replica
+        return None
+
+    @property
+    def usable(self) -> bool:
+        return any(r.info is not None and not self._mismatch(r) for r in self._replicas)
+
+    @property
+    def info(self) -> GetTokenizerInfoResponse | None:
+        """What a usable replica says about itself."""
+        replica = self.pick()
+        return None if replica is None else replica.info
+
+    async def tokenize(
+        self, inputs: Sequence[TokenizeInput], namespace: str, page_size: int
+    ) -> Sequence[TokenizedInput]:
+        """Encode and hash. Raises InvalidRequestError for what a template refuses."""
+        request = TokenizeRequest(inputs=inputs, namespace=namespace, page_size=page_size)
+        response = await self._on_any(
+            lambda replica: replica.stub.Tokenize(request, timeout=_CALL_TIMEOUT_S)
+        )
+        return response.results
+
+    async def detokenize(self, token_ids: Sequence[int], options: TextOptions) -> str:
+        """The whole text of one sequence of ids."""
+        request = DetokenizeRequest(sequences=[TokenSequence(token_ids=token_ids)], options=options)
+        response = await self._on_any(
+            lambda replica: replica.stub.Detokenize(request, timeout=_CALL_TIMEOUT_S)
+        )
+        return response.results[0].text
+
+    async def pieces(self, token_ids: Iterable[int]) -> dict[int, bytes]:
+        """A table with at least these ids and the exact bytes each stands for."""
+        missing = [token_id for token_id in set(token_ids) if token_id not in self._pieces]
+        if missing:
+            request = DetokenizeRequest(
+                sequences=[TokenSequence(token_ids=missing)],
+                options=TextOptions(skip_special_tokens=False),
+                as_pieces=True,
+            )
+            response = await self._on_any(
+                lambda replica: replica.stub.Detokenize(request, timeout=_CALL_TIMEOUT_S)
+            )
+            self._pieces.update(zip(missing, response.results[0].pieces, strict=True))
+        return self._pieces
+
+    async def _on_any(self, call: Callable[[TokenizerReplica], Awaitable[_T]]) -> _T:
+        """Answer from the first replica that can be reached."""
+        last: aio.AioRpcError | None = None
+        for _ in range(len(self._replicas) + 1):
+            replica = self.pick()
+            if replica is None:
+                break
+            try:
+                return await call(replica)
+            except aio.AioRpcError as error:
+                if error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                ):
+                    raise error_from_rpc(error) from error
+                replica.suspect()
+                last = error
+        raise UnavailableError(self.why_unusable()) from last
+
+    def _mismatch(self, replica: TokenizerReplica) -> str:
+        """How the replica differs from the pool; empty when it does not."""
+        identity = self._identity()
+        if identity is None or replica.info is None:
+            return ""
+        for name in _IDENTITY_FIELDS:
+            ours, theirs = getattr(identity, name), getattr(replica.info, name)
+            if ours != theirs:
+                difference = f"{name} is {theirs!r}, the workers' is {ours!r}"
+                if (replica.address, difference) not in self._reported:
+                    self._reported.add((replica.address, difference))
+                    logger.error(
+                        "event=tokenizer_mismatch tokenizer=%s %s", replica.address, difference
+                    )
+                return difference
+        return ""
+
+    def why_unusable(self) -> str:
+        """Why no replica can be used."""
+        for replica in self._replicas:
+            if difference := self._mismatch(replica):
+                return f"tokenizer {replica.address} does not fit the pool: {difference}"
+        return "no tokenizer can be reached"

@@ -1,0 +1,62 @@
+"""What the operator asks of a scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.scheduler.policies import DEFAULT_PREFIX_WEIGHT, PolicyName
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Place requests on workers."""
+
+    listen: str = "localhost:30020"
+    """gRPC target to bind: `host:port` (port 0 picks one) or `unix:/path`."""
+
+    cache_index: str | None = None
+    """gRPC target of the cache index. Without one, only recent placements show who holds what."""
+
+    policy: PolicyName = "prefix_load"
+    """How a worker is chosen."""
+
+    pools: Path | None = None
+    """JSON file that declares the pools. Default: one pool, declared by its first worker."""
+
+    max_queued_requests: int = 4096
+    """Most requests that wait for room in one pool; more are refused with a retry hint."""
+
+    worker_wait_s: float = 5.0
+    """How long a request waits when no worker may serve it (workers may be restarting)."""
+
+    lease_s: float = 3.0
+    """Silence after which a worker counts as gone. After 1 s it gets no new requests."""
+
+    prefix_weight: float = DEFAULT_PREFIX_WEIGHT
+    """Weight of the predicted prefill of uncached tokens in `prefix_load`."""
+
+    load_weight: float = 1.0
+    """Weight of the predicted wait and decoding time in `prefix_load`."""
+
+    session_weight: float = 0.25
+    """Weight of leaving a session's worker in `prefix_load`."""
+
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics. Default: none."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious log line that is printed."""
+
+    parent_pid: int | None = None
+    """Exit when this process, the parent, does."""
+
+    def __post_init__(self) -> None:
+        if self.max_queued_requests < 1:
+            raise ValueError(f"max_queued_requests must be >= 1, got {self.max_queued_requests}")
+        if self.lease_s <= 1.0:
+            raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
+        for name in ("worker_wait_s", "prefix_weight", "load_weight", "session_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -1,0 +1,228 @@
+"""The live worker table: who is registered, in which state, with which load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from services.common.errors import (
+    NotFoundError,
+    PreconditionError,
+    RhizomeError,
+    UnavailableError,
+)
+from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
+from services.scheduler.pools import Pool
+from services.scheduler.views import (
+    NO_CHARGE,
+    Charge,
+    Load,
+    Worker,
+    WorkerState,
+    WorkerView,
+    view_of,
+)
+
+logger = logging.getLogger(__name__)
+
+# Workers report at least every 500 ms: after two reports are missing, no new requests.
+SUSPECT_AFTER_S = 1.0
+
+
+class Registration:
+    """One worker's standing, as long as its stream.
+
+    `on_drain` is called once when the worker shall leave, `on_end` when somebody else than the
+    worker itself ends the registration.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        pool: Pool,
+        on_drain: Callable[[str], None],
+        on_end: Callable[[RhizomeError], None],
+    ) -> None:
+        self.worker = worker
+        self.pool = pool
+        self.on_drain = on_drain
+        self.on_end = on_end
+
+
+class PoolLimits(NamedTuple):
+    context_length: int
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    registration: Registration
+    load: Load
+    cost_model: CostModel
+    last_seen: float
+    charge: Charge = NO_CHARGE
+    silent: bool = False
+    drain_asked: bool = False
+
+    @property
+    def state(self) -> WorkerState:
+        if self.silent:
+            return WorkerState.SUSPECT
+        draining = self.drain_asked or self.load.draining
+        return WorkerState.DRAINING if draining else WorkerState.READY
+
+
+class WorkerTable:
+    """Registered workers, by id and by pool.
+
+    Invariant: exactly one entry a worker id, owned by its newest registration; what an older
+    registration says or its end does not touch it. Views are immutable: whoever holds a snapshot
+    sees one moment. `on_change(membership)` runs after every change others can see: membership
+    and state (True), or load alone (False).
+    """
+
+    def __init__(self, lease_s: float) -> None:
+        self.version = 1
+        self.on_change: Callable[[bool], None] = lambda membership: None
+        self._lease_s = lease_s
+        self._entries: dict[str, _Entry] = {}
+        self._views: dict[Pool, dict[str, WorkerView]] = {}
+        self._limits: dict[Pool, PoolLimits] = {}
+        # A pool's last fit stands in for workers that have none yet.
+        self._pool_costs: dict[Pool, CostModel] = {}
+
+    def snapshot(self, pool: Pool) -> tuple[WorkerView, ...]:
+        """The pool's workers now, in order of registration."""
+        return tuple(self._views.get(pool, {}).values())
+
+    def get(self, worker_id: str) -> WorkerView | None:
+        entry = self._entries.get(worker_id)
+        return None if entry is None else self._views[entry.registration.pool][worker_id]
+
+    def has_workers(self, pool: Pool) -> bool:
+        return bool(self._views.get(pool))
+
+    def limits(self, pool: Pool) -> PoolLimits:
+        """What every worker of the pool takes; of its last workers while it is empty."""
+        return self._limits.get(pool, PoolLimits(0, 0))
+
+    def register(self, registration: Registration, now: float) -> None:
+        """Take a worker in; an older registration of the same id ends."""
+        worker = registration.worker
+        old = self._entries.get(worker.worker_id)
+        if old is not None:
+            self._remove(old)
+            replaced = f"worker {worker.worker_id} registered again, epoch {worker.epoch:x}"
+            old.registration.on_end(PreconditionError(replaced))
+        costs = self._pool_costs.get(registration.pool, DEFAULT_COST_MODEL)
+        entry = _Entry(registration, Load(num_free_pages=worker.num_pages), costs, now)
+        self._entries[worker.worker_id] = entry
+        self._refresh(entry)
+        self._note_limits(registration.pool)
+        self._changed(True)
+
+    def report(
+        self,
+        registration: Registration,
+        load: Load,
+        now: float,
+        admitted: Charge = NO_CHARGE,
+    ) -> None:
+        """Take a worker's report over; `admitted` is the charge it now includes itself."""
+        entry = self._owned(registration)
+        if entry is None:
+            return
+        before = entry.state, entry.load.num_running, entry.load.num_waiting
+        entry.load, entry.last_seen, entry.silent = load, now, False
+        if load.cost_model is not None:
+            entry.cost_model = load.cost_model
+            self._pool_costs[registration.pool] = load.cost_model
+        if admitted is not NO_CHARGE:
+            entry.charge -= admitted
+        self._refresh(entry)
+        if before != (entry.state, load.num_running, load.num_waiting):
+            self._changed(before[0] is not entry.state)
+
+    def add_charge(self, worker: Worker, charge: Charge) -> None:
+        """Count `charge` on the worker; without effect once its epoch is gone."""
+        entry = self._entries.get(worker.worker_id)
+        if entry is not None and entry.registration.worker is worker:
+            entry.charge += charge
+            self._refresh(entry)
+
+    def remove_charge(self, worker: Worker, charge: Charge) -> None:
+        """The reverse of `add_charge`."""
+        entry = self._entries.get(worker.worker_id)
+        if entry is not None and entry.registration.worker is worker:
+            entry.charge -= charge
+            self._refresh(entry)
+
+    def drain(self, worker_id: str, reason: str) -> None:
+        """No new placements; the worker is asked once to leave. Raises NotFoundError."""
+        entry = self._entries.get(worker_id)
+        if entry is None:
+            raise NotFoundError(f"no worker {worker_id} is registered")
+        if entry.drain_asked:
+            return
+        entry.drain_asked = True
+        self._refresh(entry)
+        self._changed(True)
+        entry.registration.on_drain(reason)
+
+    def remove(self, registration: Registration) -> bool:
+        """The worker's stream ended; False when a newer registration owns its entry."""
+        entry = self._owned(registration)
+        if entry is None:
+            return False
+        self._remove(entry)
+        self._changed(True)
+        return True
+
+    def sweep(self, now: float) -> list[Worker]:
+        """Suspect the silent, remove those whose lease ran out; returns the removed."""
+        removed = []
+        for entry in list(self._entries.values()):
+            silence = now - entry.last_seen
+            worker = entry.registration.worker
+            if silence > self._lease_s:
+                self._remove(entry)
+                removed.append(worker)
+                self._changed(True)
+                error = UnavailableError(f"no load report for {silence:.1f} s: the lease ended")
+                entry.registration.on_end(error)
+            elif silence > SUSPECT_AFTER_S and not entry.silent:
+                entry.silent = True
+                logger.warning("event=worker_suspect worker=%s", worker.worker_id)
+                self._refresh(entry)
+                self._changed(True)
+        return removed
+
+    def _owned(self, registration: Registration) -> _Entry | None:
+        entry = self._entries.get(registration.worker.worker_id)
+        return entry if entry is not None and entry.registration is registration else None
+
+    def _remove(self, entry: _Entry) -> None:
+        worker_id = entry.registration.worker.worker_id
+        del self._entries[worker_id]
+        del self._views[entry.registration.pool][worker_id]
+        self._note_limits(entry.registration.pool)
+
+    def _note_limits(self, pool: Pool) -> None:
+        workers = [view.worker for view in self._views[pool].values()]
+        if workers:
+            self._limits[pool] = PoolLimits(
+                min(worker.context_length for worker in workers),
+                min(worker.vocab_size for worker in workers),
+            )
+
+    def _refresh(self, entry: _Entry) -> None:
+        worker = entry.registration.worker
+        self._views.setdefault(entry.registration.pool, {})[worker.worker_id] = view_of(
+            worker, entry.state, entry.load, entry.cost_model, entry.charge
+        )
+
+    def _changed(self, membership: bool) -> None:
+        self.version += 1
+        self.on_change(membership)

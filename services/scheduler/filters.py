@@ -1,0 +1,44 @@
+"""Which workers may have a request at all, and which have room for it now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.scheduler.policy import PlacementRequest
+from services.scheduler.views import WorkerRole, WorkerState, WorkerView
+
+# A worker's own queue stays this short: backlog waits in the scheduler.
+MAX_QUEUED_PREFILL_NS = 200e6
+
+
+def eligible(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView]:
+    """Ready, prefilling, not excluded, with a context the prompt fits in."""
+    excluded = request.excluded_worker_ids
+    return [
+        view
+        for view in workers
+        if view.state is WorkerState.READY
+        and view.worker.role is not WorkerRole.DECODE
+        and view.worker.context_length > request.num_prompt_tokens
+        and view.worker_id not in excluded
+    ]
+
+
+def with_room(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView]:
+    """A short queue, free sequences and pages for the prompt; an idle worker always has room.
+
+    Pages of a cached prefix are counted as needed: they may be locked or not, and the worker's
+    admission is the truth.
+    """
+    num_choices = request.num_choices
+    num_tokens = request.num_prompt_tokens
+    return [
+        view
+        for view in workers
+        if view.num_active == 0
+        or (
+            view.queued_prefill_ns < MAX_QUEUED_PREFILL_NS
+            and view.num_active + num_choices <= view.worker.max_running_sequences
+            and view.num_available_pages * view.worker.page_size >= num_tokens
+        )
+    ]

@@ -1,0 +1,39 @@
+"""Start a scheduler: `python -m services.scheduler`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from services.common.config import parse_config
+from services.common.logs import configure_logging
+from services.common.process import die_with_parent, run, stop_event
+from services.scheduler.config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parse flags, serve until SIGTERM or SIGINT."""
+    config = parse_config(SchedulerConfig, "scheduler")
+    configure_logging("scheduler", config.log_level)
+    if config.parent_pid is not None:
+        die_with_parent(config.parent_pid)
+    try:
+        run(_serve(config))
+    except (OSError, ValueError) as error:
+        sys.exit(f"scheduler: {error}")
+
+
+async def _serve(config: SchedulerConfig) -> None:
+    from prometheus_client import start_http_server
+
+    from services.scheduler.service import running_scheduler
+
+    stop = stop_event()
+    async with running_scheduler(config) as scheduler:
+        if config.metrics_port is not None:
+            start_http_server(config.metrics_port, registry=scheduler.metrics.registry)
+        logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
+        await stop.wait()
+    logger.info("event=stopped")

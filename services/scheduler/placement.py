@@ -1,0 +1,347 @@
+"""Placement: tickets in, reservations out. Owns the queues and ties all the tables together."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from services.common.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
+from services.scheduler.endpoints import Registration, WorkerTable
+from services.scheduler.filters import eligible, with_room
+from services.scheduler.index_client import WorkerMatch
+from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.overlay import PredictionOverlay
+from services.scheduler.policy import PlacementRequest, Policy, Query
+from services.scheduler.pools import Pool, PoolIdentity, PoolSet
+from services.scheduler.queue import PoolQueue, Ticket
+from services.scheduler.reservations import Reservation, ReservationBook
+from services.scheduler.sessions import SessionHomes
+from services.scheduler.views import Charge, Load, Worker, WorkerState, WorkerView
+
+logger = logging.getLogger(__name__)
+
+# Tickets that only some workers may serve let at most so many others pass.
+_MAX_PASSED_OVER = 64
+# What outputs are taken to be before any was reported, and the weight of each report.
+_FIRST_MEAN_OUTPUT = 128.0
+_OUTPUT_WEIGHT = 0.02
+
+
+class Outcome(NamedTuple):
+    """What really happened to a placed request."""
+
+    reservation_id: int
+    num_prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ended_well: bool
+
+
+class _Attempt(enum.Enum):
+    PLACED = enum.auto()
+    NO_ROOM = enum.auto()
+    NO_WORKER = enum.auto()
+
+
+class Placer:
+    """Decides; every method runs to its end without waiting, so score and charge are one.
+
+    A ticket is in `_tickets` from `open_ticket` until it is settled, and in its pool's queue from
+    `enqueue` until then. Whatever may make room ends in `_pump`.
+    """
+
+    def __init__(
+        self,
+        table: WorkerTable,
+        pools: PoolSet,
+        policy: Policy,
+        reservations: ReservationBook,
+        overlay: PredictionOverlay,
+        metrics: SchedulerMetrics,
+        clock: Callable[[], float],
+        *,
+        max_queued: int,
+        worker_wait_s: float,
+    ) -> None:
+        self._table = table
+        self._pools = pools
+        self._policy = policy
+        self._reservations = reservations
+        self._overlay = overlay
+        self._metrics = metrics
+        self._clock = clock
+        self._worker_wait_s = worker_wait_s
+        self._sessions = SessionHomes()
+        self._mean_output = _FIRST_MEAN_OUTPUT
+        self._queues = {pool: PoolQueue(max_queued) for pool in pools.pools}
+        self._tickets: dict[tuple[str, int], Ticket] = {}
+        metrics.gauge("queued_requests", "Requests in the queues", lambda: self.num_queued)
+        metrics.gauge(
+            "reservations_charged",
+            "Balance: placements that no load report includes yet; zero when idle",
+            lambda: reservations.num_charged,
+        )
+        metrics.gauge("reservations", "Live reservations", lambda: reservations.num_live)
+
+    @property
+    def num_queued(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def position(self, ticket: Ticket) -> int:
+        """Requests ahead of it; 0 while it is not queued."""
+        queue = self._queues[ticket.pool]
+        return queue.position(ticket) if ticket in queue else 0
+
+    # Requests
+
+    def find_reservation(self, key: tuple[str, int]) -> Reservation | None:
+        """What the same attempt was placed on, while that lives."""
+        return self._reservations.find(key)
+
+    def open_ticket(
+        self, request: PlacementRequest, remaining_s: float | None, age_s: float = 0.0
+    ) -> tuple[Ticket, bool]:
+        """The attempt's ticket, and whether it is new; a second caller joins the first's.
+
+        Raises NotFoundError, UnavailableError, InvalidRequestError, OverloadedError, DeadlineError.
+        """
+        joined = self._tickets.get(request.key)
+        if joined is not None:
+            joined.num_callers += 1
+            return joined, False
+        now = self._clock()
+        pool = self._find_pool(request)
+        if remaining_s is not None and remaining_s <= 0:
+            raise DeadlineError("the request's time had passed when it arrived")
+        self._queues[pool].require_room(now)
+        deadline = None if remaining_s is None else now + remaining_s
+        ticket = Ticket(request, pool, now, deadline, age_s)
+        self._tickets[request.key] = ticket
+        return ticket, True
+
+    def enqueue(self, ticket: Ticket, matches: tuple[WorkerMatch, ...]) -> None:
+        """The ticket is ready to be placed: at once, or when its turn has come."""
+        queue = self._queues[ticket.pool]
+        if ticket.is_settled:
+            return
+        ticket.matches = matches
+        if ticket not in queue:
+            queue.add(ticket)
+            self._pump(ticket.pool)
+
+    def leave(self, ticket: Ticket) -> None:
+        """A caller went away; the last one gives place and reservation back."""
+        ticket.num_callers -= 1
+        if ticket.num_callers == 0 and not ticket.is_delivered:
+            self._close(ticket)
+            if ticket.reservation is not None:
+                self._reservations.end(ticket.reservation.reservation_id)
+            self._pump(ticket.pool)
+        elif not ticket.is_settled:
+            # The caller that left may be the one that was asking the index.
+            self.enqueue(ticket, ticket.matches)
+
+    def report_outcomes(self, outcomes: Iterable[Outcome]) -> None:
+        """Placed requests ended, well or not; unknown reservations are ignored."""
+        for outcome in outcomes:
+            predicted = self._reservations.end(outcome.reservation_id)
+            if predicted is None:
+                continue
+            self._reservations.forget_prediction(outcome.reservation_id)
+            if outcome.ended_well:
+                self._learn(outcome, predicted)
+        for pool in self._queues:
+            self._pump(pool)
+
+    # Workers
+
+    def register(self, registration: Registration, identity: PoolIdentity) -> None:
+        """Take in a worker that its pool accepts."""
+        pool = registration.pool
+        if not self._table.has_workers(pool) and pool.identity != identity:
+            if pool.identity is not None:
+                self._fail_queue(pool, "the pool now serves another model")
+            pool.identity = identity
+        old = self._table.get(registration.worker.worker_id)
+        if old is not None:
+            self._forget(old.worker)
+        self._table.register(registration, self._clock())
+        self._pump(pool)
+
+    def unregister(self, registration: Registration) -> None:
+        """The worker's stream ended."""
+        if self._table.remove(registration):
+            self._forget(registration.worker)
+
+    def report_load(
+        self,
+        registration: Registration,
+        load: Load,
+        admitted_ids: Sequence[int] = (),
+        ended_ids: Iterable[int] = (),
+    ) -> None:
+        admitted = self._reservations.admit(registration.worker, admitted_ids)
+        self._table.report(registration, load, self._clock(), admitted)
+        for reservation_id in ended_ids:
+            self._reservations.end(reservation_id)
+        self._pump(registration.pool)
+
+    def sweep(self) -> None:
+        """What happens by time alone; to be called every few tens of milliseconds."""
+        now = self._clock()
+        for worker in self._table.sweep(now):
+            logger.warning("event=lease_ended worker=%s", worker.worker_id)
+            self._forget(worker)
+        self._metrics.expired.inc(self._reservations.expire(now))
+        self._overlay.turn(now)
+        for pool in self._queues:
+            self._sweep_queue(pool, now)
+            self._pump(pool)
+
+    # Inside
+
+    def _find_pool(self, request: PlacementRequest) -> Pool:
+        pool = self._pools.by_name(request.model)
+        if pool is None:
+            if not self._pools.names:
+                raise UnavailableError("no worker has registered yet")
+            raise NotFoundError(f"no pool serves the model {request.model!r}")
+        workers = self._table.snapshot(pool)
+        longest = max((view.worker.context_length for view in workers), default=None)
+        if longest is not None and request.num_prompt_tokens >= longest:
+            raise InvalidRequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; no worker takes more than "
+                f"{longest}, output included",
+                "prompt",
+            )
+        return pool
+
+    def _pump(self, pool: Pool) -> None:
+        """Place what can be placed, in order; whoever must wait for room holds up those behind."""
+        queue = self._queues[pool]
+        num_passed_over = 0
+        while len(queue) > num_passed_over and num_passed_over < _MAX_PASSED_OVER:
+            ticket = queue[num_passed_over]
+            attempt = self._try_place(ticket)
+            if attempt is _Attempt.PLACED:
+                continue
+            if attempt is _Attempt.NO_ROOM and not ticket.request.excluded_worker_ids:
+                break
+            num_passed_over += 1
+
+    def _try_place(self, ticket: Ticket) -> _Attempt:
+        now = self._clock()
+        request = ticket.request
+        workers = self._table.snapshot(ticket.pool)
+        allowed = eligible(request, workers)
+        if not allowed:
+            if ticket.workerless_since is None:
+                ticket.workerless_since = now
+            return _Attempt.NO_WORKER
+        ticket.workerless_since = None
+        candidates = with_room(request, allowed)
+        if not candidates:
+            return _Attempt.NO_ROOM
+        cached = self._cached_tokens(ticket, workers, now)
+        num_output = min(request.max_new_tokens, int(self._mean_output))
+        query = Query(request, cached, num_output, self._sessions.find(request.session))
+        chosen = self._policy.choose(query, candidates)
+        self._place(ticket, query, chosen, now)
+        return _Attempt.PLACED
+
+    def _cached_tokens(
+        self, ticket: Ticket, workers: Sequence[WorkerView], now: float
+    ) -> dict[str, int]:
+        """The longer of what the index reported and what was placed there lately."""
+        hashes = ticket.request.prefix_hashes
+        if not hashes or not workers:
+            return {}
+        pages = self._overlay.match(hashes, now)
+        for match in ticket.matches:
+            view = self._table.get(match.worker_id)
+            if view is not None and view.worker.epoch == match.epoch and match.num_pages:
+                pages[match.worker_id] = max(match.num_pages, pages.get(match.worker_id, 0))
+        page_size = workers[0].worker.page_size
+        # A match leaves at least one token to compute.
+        most = max(0, ticket.request.num_prompt_tokens - 1)
+        return {worker_id: min(count * page_size, most) for worker_id, count in pages.items()}
+
+    def _place(self, ticket: Ticket, query: Query, chosen: WorkerView, now: float) -> None:
+        request = ticket.request
+        cached = query.cached_tokens.get(chosen.worker_id, 0)
+        queued_for_s = now - ticket.opened_at
+        branch = self._policy.branch(query, chosen)
+        self._close(ticket)
+        reservation = self._reservations.open(
+            request.key,
+            chosen.worker,
+            _charge(request, chosen, cached),
+            now,
+            predicted_cached_tokens=cached,
+            policy=branch,
+            queued_for_s=queued_for_s,
+        )
+        self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
+        self._sessions.note(request.session, chosen.worker_id)
+        self._queues[ticket.pool].note_placed(now)
+        self._metrics.placements.labels(branch).inc()
+        self._metrics.queue_seconds.observe(queued_for_s)
+        ticket.place(reservation)
+
+    def _sweep_queue(self, pool: Pool, now: float) -> None:
+        workers = self._table.snapshot(pool)
+        any_ready = any(view.state is WorkerState.READY for view in workers)
+        for ticket in self._queues[pool]:
+            if ticket.deadline is not None and now >= ticket.deadline:
+                self._close(ticket)
+                ticket.fail(DeadlineError("the request's time passed in the queue"))
+                continue
+            if not any_ready:
+                if ticket.workerless_since is None:
+                    ticket.workerless_since = now
+            elif ticket.workerless_since is not None and eligible(ticket.request, workers):
+                ticket.workerless_since = None
+            since = ticket.workerless_since
+            if since is not None and now - since >= self._worker_wait_s:
+                self._close(ticket)
+                ticket.fail(UnavailableError(f"no worker of {pool.name!r} may serve this request"))
+
+    def _learn(self, outcome: Outcome, predicted: int) -> None:
+        self._mean_output += _OUTPUT_WEIGHT * (outcome.output_tokens - self._mean_output)
+        self._metrics.reported_prompt_tokens.inc(outcome.num_prompt_tokens)
+        self._metrics.predicted_cached_tokens.inc(predicted)
+        self._metrics.actual_cached_tokens.inc(outcome.cached_tokens)
+        self._metrics.overpredicted_tokens.inc(max(0, predicted - outcome.cached_tokens))
+
+    def _fail_queue(self, pool: Pool, reason: str) -> None:
+        for ticket in self._queues[pool]:
+            self._close(ticket)
+            ticket.fail(UnavailableError(reason))
+
+    def _forget(self, worker: Worker) -> None:
+        self._reservations.end_all_of(worker)
+        self._overlay.forget_worker(worker.worker_id)
+
+    def _close(self, ticket: Ticket) -> None:
+        """Out of the queue and the table of tickets, where it is in them."""
+        self._queues[ticket.pool].remove(ticket)
+        if self._tickets.get(ticket.request.key) is ticket:
+            del self._tickets[ticket.request.key]
+
+
+def _charge(request: PlacementRequest, chosen: WorkerView, cached: int) -> Charge:
+    num_tokens = request.num_prompt_tokens
+    num_uncached = num_tokens - cached
+    return Charge(
+        num_sequences=request.num_choices,
+        num_pages=-(-num_uncached // chosen.worker.page_size),
+        num_context_tokens=num_tokens * request.num_choices,
+        prefill_ns=int(chosen.cost_model.prefill_work_ns(num_uncached, num_tokens)),
+    )

@@ -1,0 +1,23 @@
+"""Load: the time a request spends behind and beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.scheduler.policy import Query
+from services.scheduler.views import WorkerView
+
+
+def load_time(query: Query, workers: Sequence[WorkerView]) -> list[float]:
+    """Predicted wait for the prefills ahead, and decoding in a batch with what runs there."""
+    request = query.request
+    num_new, num_output = request.num_choices, query.num_output_tokens
+    num_context = request.num_prompt_tokens
+    return [
+        view.queued_prefill_ns
+        + num_output
+        * view.cost_model.decode_step_ns(
+            view.num_active + num_new, view.num_context_tokens + num_context
+        )
+        for view in workers
+    ]

@@ -1,0 +1,100 @@
+"""A running scheduler: its parts put together, its server, and its clock's ticks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from grpc import aio
+
+from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
+from services.common.rpc import RunningServer, open_channel, running_server
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.endpoints import WorkerTable
+from services.scheduler.index_client import IndexClient, index_client
+from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.overlay import PredictionOverlay
+from services.scheduler.placement import Placer
+from services.scheduler.policies import make_policy
+from services.scheduler.pools import PoolSet, read_declarations
+from services.scheduler.reservations import ReservationBook
+from services.scheduler.servicer import SchedulerServicer
+from services.scheduler.watch import TableWatch
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_INTERVAL_S = 0.05
+_SERVICE = pb.DESCRIPTOR.services_by_name["SchedulerService"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningScheduler:
+    server: RunningServer
+    metrics: SchedulerMetrics
+
+
+@contextlib.asynccontextmanager
+async def running_scheduler(
+    config: SchedulerConfig, *, grace_s: float = 1.0
+) -> AsyncIterator[RunningScheduler]:
+    """Serve until the block ends. Raises ValueError for bad pools, OSError for a bad address."""
+    pools = PoolSet(read_declarations(config.pools) if config.pools is not None else ())
+    metrics = SchedulerMetrics()
+    channel = open_channel(config.cache_index) if config.cache_index is not None else None
+    async with index_client(channel, metrics) as index:
+        placer, servicer = _assemble(config, pools, metrics, index)
+
+        def add(server: aio.Server) -> None:
+            pb_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
+
+        sweeper = asyncio.create_task(_sweep_for_ever(placer))
+        try:
+            async with running_server(add, [_SERVICE], config.listen, grace_s=grace_s) as server:
+                yield RunningScheduler(server, metrics)
+        finally:
+            sweeper.cancel()
+            await asyncio.gather(sweeper, return_exceptions=True)
+
+
+def _assemble(
+    config: SchedulerConfig, pools: PoolSet, metrics: SchedulerMetrics, index: IndexClient | None
+) -> tuple[Placer, SchedulerServicer]:
+    rng = random.Random()
+    clock = time.monotonic
+    table = WorkerTable(config.lease_s)
+    watch = TableWatch(table, pools)
+    table.on_change = watch.notify
+    policy = make_policy(
+        config.policy,
+        rng,
+        prefix_weight=config.prefix_weight,
+        load_weight=config.load_weight,
+        session_weight=config.session_weight,
+    )
+    placer = Placer(
+        table,
+        pools,
+        policy,
+        ReservationBook(table, rng),
+        PredictionOverlay(clock()),
+        metrics,
+        clock,
+        max_queued=config.max_queued_requests,
+        worker_wait_s=config.worker_wait_s,
+    )
+    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)
+    return placer, servicer
+
+
+async def _sweep_for_ever(placer: Placer) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_INTERVAL_S)
+        try:
+            placer.sweep()
+        except Exception:
+            logger.exception("event=sweep_failed")

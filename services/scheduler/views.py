@@ -1,0 +1,127 @@
+"""What placement sees of workers: immutable records, replaced whole when something changes."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
+
+
+class WorkerState(enum.Enum):
+    """Whether a worker may get new requests."""
+
+    READY = 1
+    DRAINING = 2
+    SUSPECT = 3
+
+
+class WorkerRole(enum.Enum):
+    """Which part of a request a worker serves."""
+
+    MIXED = 1
+    PREFILL = 2
+    DECODE = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Worker:
+    """Who a worker is; one object a registration, compared by identity."""
+
+    worker_id: str
+    address: str
+    epoch: int
+    role: WorkerRole
+    num_pages: int
+    max_running_sequences: int
+    context_length: int
+    vocab_size: int
+    page_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a worker last said about itself."""
+
+    num_free_pages: int
+    num_evictable_pages: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_uncached_tokens: int = 0
+    num_running_context_tokens: int = 0
+    draining: bool = False
+    # The worker's own fit; None until there is one.
+    cost_model: CostModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What placed requests will add to a worker's load, until its reports include them.
+
+    Whole numbers, so that charging and giving back in any order ends at exactly zero.
+    """
+
+    num_sequences: int = 0
+    num_pages: int = 0
+    num_context_tokens: int = 0
+    prefill_ns: int = 0
+
+    def __add__(self, other: Charge) -> Charge:
+        return Charge(
+            self.num_sequences + other.num_sequences,
+            self.num_pages + other.num_pages,
+            self.num_context_tokens + other.num_context_tokens,
+            self.prefill_ns + other.prefill_ns,
+        )
+
+    def __sub__(self, other: Charge) -> Charge:
+        return Charge(
+            self.num_sequences - other.num_sequences,
+            self.num_pages - other.num_pages,
+            self.num_context_tokens - other.num_context_tokens,
+            self.prefill_ns - other.prefill_ns,
+        )
+
+
+NO_CHARGE = Charge()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as policies see it: its last report plus what is charged on top."""
+
+    worker: Worker
+    worker_id: str
+    state: WorkerState
+    load: Load
+    cost_model: CostModel
+    charge: Charge
+    # Sequences it runs, keeps waiting, or is about to get.
+    num_active: int
+    num_context_tokens: int
+    # Predicted time until a request that arrives now starts its prefill.
+    queued_prefill_ns: float
+    # Pages a newcomer could have; below zero when more is promised than there is.
+    num_available_pages: int
+
+
+def view_of(
+    worker: Worker,
+    state: WorkerState,
+    load: Load,
+    cost_model: CostModel = DEFAULT_COST_MODEL,
+    charge: Charge = NO_CHARGE,
+) -> WorkerView:
+    """The view in which `charge` counts as if the worker had reported it."""
+    return WorkerView(
+        worker,
+        worker.worker_id,
+        state,
+        load,
+        cost_model,
+        charge,
+        load.num_running + load.num_waiting + charge.num_sequences,
+        load.num_running_context_tokens + charge.num_context_tokens,
+        load.num_waiting_uncached_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
+        load.num_free_pages + load.num_evictable_pages - charge.num_pages,
+    )

@@ -1,0 +1,154 @@
+"""What the operator asks of a worker. Names and defaults are SGLang's where it has them."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from services.common.model_files import builtin_model_path
+from services.worker.engine.options import EngineOptions
+
+_CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerConfig:
+    """Serve one replica of a model."""
+
+    model_path: Annotated[Path, Parameter(name=["--model-path", "--model"])] = builtin_model_path()
+    """Directory of the model (Hugging Face layout). Default: the built-in model."""
+
+    tokenizer_path: Path | None = None
+    """Directory of the tokenizer, where it is not the model's."""
+
+    served_model_name: str | None = None
+    """Name that clients use as `model`. Default: the model directory's name."""
+
+    listen: str = "127.0.0.1:30020"
+    """gRPC target to bind: `host:port` (port 0 picks one) or `unix:/path`."""
+
+    advertise_address: str | None = None
+    """gRPC target others reach this worker by. Default: what it listens on."""
+
+    scheduler: tuple[str, ...] = ()
+    """gRPC target of a scheduler to register with; give it once for each replica."""
+
+    worker_id: str | None = None
+    """Stable name, unique in the pool. Default: host name and listening address."""
+
+    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    """Which part of a request this worker serves."""
+
+    label: tuple[str, ...] = ()
+    """Placement hint `key=value`, such as zone or rack; may be given repeatedly."""
+
+    tp_size: Annotated[int, Parameter(name=["--tp-size", "--tp", "--tensor-parallel-size"])] = 1
+    """Ranks that share the replica."""
+
+    context_length: int | None = None
+    """Longest sequence in tokens, prompt and output. Default: the model's own."""
+
+    mem_fraction_static: float = 0.9
+    """Share of the device's memory for weights and the key/value cache."""
+
+    max_total_tokens: int | None = None
+    """Tokens the key/value cache holds. Default: what memory allows."""
+
+    chunked_prefill_size: int | None = None
+    """Most tokens computed in one step. Default: 8192 with `--device cuda`, else 2048."""
+
+    max_running_requests: int = 256
+    """Most sequences that run at once."""
+
+    max_queued_requests: int = 4096
+    """Most sequences that may wait; more are refused with RESOURCE_EXHAUSTED."""
+
+    page_size: int = 16
+    """Tokens a page of the key/value cache."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of weights and activations; `auto` is float32 on CPUs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes a GPU where there is one."""
+
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """`dummy` gives random weights in the model's shapes, for benchmarks."""
+
+    attention_backend: str | None = None
+    """Attention implementation. Default: the best for the device."""
+
+    chat_template: str | None = None
+    """As the tokenizer service's flag: workers of a pool must agree on its digest."""
+
+    drain_timeout_s: float = 30.0
+    """Longest time that running sequences get to finish after SIGTERM."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious log line that is printed."""
+
+    parent_pid: int | None = None
+    """Process to die with; set by the launcher."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "page_size", "max_running_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("context_length", "chunked_prefill_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.max_queued_requests < 0:
+            raise ValueError(f"max_queued_requests must be >= 0, got {self.max_queued_requests}")
+        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
+            raise ValueError(
+                f"max_total_tokens must hold a page of {self.page_size}, "
+                f"got {self.max_total_tokens}"
+            )
+        if not 0 < self.mem_fraction_static <= 1:
+            raise ValueError(
+                f"mem_fraction_static must be within (0, 1], got {self.mem_fraction_static}"
+            )
+        for label in self.label:
+            if not label.partition("=")[1]:
+                raise ValueError(f"label must be key=value, got {label!r}")
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.served_model_name or self.model_path.resolve().name
+
+    @property
+    def name(self) -> str:
+        """This worker's stable name."""
+        return self.worker_id or f"{socket.gethostname()}/{self.listen}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The placement hints by key."""
+        pairs = (label.partition("=") for label in self.label)
+        return {key: value for key, _, value in pairs}
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine needs of all this."""
+        prefill = self.chunked_prefill_size
+        pages = self.max_total_tokens
+        return EngineOptions(
+            model_path=self.model_path,
+            tokenizer_path=self.tokenizer_path or self.model_path,
+            device=self.device,
+            dtype=self.dtype,
+            attention_backend=self.attention_backend,
+            load_format=self.load_format,
+            page_size=self.page_size,
+            context_length=self.context_length,
+            max_running_sequences=self.max_running_requests,
+            chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),
+            mem_fraction_static=self.mem_fraction_static,
+            num_pages=None if pages is None else pages // self.page_size,
+            tp_size=self.tp_size,
+        )

@@ -1,0 +1,109 @@
+"""Fits this worker's step times online, so that others can predict them.
+
+Weighted least squares with exponential forgetting (S. Haykin, Adaptive Filter Theory, chapter
+"The Method of Least Squares") in the form of decayed normal equations: an observation costs a
+few dozen multiplications; the equations are solved only when somebody asks. Observations are
+weighted by 1 / time^2, so that relative errors count alike in short and long steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.worker.engine.messages import StepWork
+
+_NUM_FEATURES = 6
+_MIN_OBSERVATIONS = 16
+# Relative to each feature's own weight; keeps features that never varied from taking part.
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostCoefficients:
+    """Nanoseconds, as in scheduler.v1.CostModel."""
+
+    prefill_base_ns: float
+    prefill_token_ns: float
+    prefill_context_ns: float
+    decode_base_ns: float
+    decode_sequence_ns: float
+    decode_context_ns: float
+
+
+class CostModel:
+    """The decayed normal equations; coefficients are never negative."""
+
+    def __init__(self, forgetting: float = 0.999) -> None:
+        self._forgetting = forgetting
+        self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
+        self._targets = [0.0] * _NUM_FEATURES
+        self._num_observations = 0
+
+    def observe(self, work: StepWork) -> None:
+        """Learn from one step; steps that cannot be told are left out."""
+        if work.step_ns <= 0:
+            return
+        features = _features(work)
+        present = [index for index, value in enumerate(features) if value]
+        if not present:
+            return
+        forgetting, weight = self._forgetting, 1.0 / work.step_ns
+        for row in self._products:
+            for index in range(_NUM_FEATURES):
+                row[index] *= forgetting
+        for index in range(_NUM_FEATURES):
+            self._targets[index] *= forgetting
+        scaled = [value * weight for value in features]
+        for i in present:
+            row = self._products[i]
+            for j in present:
+                row[j] += scaled[i] * scaled[j]
+            self._targets[i] += scaled[i]
+        self._num_observations += 1
+
+    def coefficients(self) -> CostCoefficients | None:
+        """The fit; None until enough steps were seen."""
+        if self._num_observations < _MIN_OBSERVATIONS:
+            return None
+        solved = _solve_nonnegative(np.array(self._products), np.array(self._targets))
+        return CostCoefficients(
+            prefill_base_ns=solved[0],
+            prefill_token_ns=solved[1],
+            prefill_context_ns=solved[2],
+            decode_base_ns=solved[3],
+            decode_sequence_ns=solved[4],
+            decode_context_ns=solved[5],
+        )
+
+
+def _features(work: StepWork) -> tuple[float, ...]:
+    return (
+        1.0 if work.prefill_tokens else 0.0,
+        float(work.prefill_tokens),
+        float(work.prefill_context_products),
+        1.0 if work.decode_sequences else 0.0,
+        float(work.decode_sequences),
+        float(work.decode_context_tokens),
+    )
+
+
+def _solve_nonnegative(
+    products: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
+) -> list[float]:
+    """Least squares over the features seen; those that come out negative are left out."""
+    scale = np.sqrt(np.diag(products))
+    active = [index for index in range(len(scale)) if scale[index] > 0]
+    solution = np.zeros(len(scale))
+    while active:
+        norm = scale[active]
+        matrix = products[np.ix_(active, active)] / np.outer(norm, norm)
+        matrix += _RIDGE * np.eye(len(active))
+        values = np.linalg.solve(matrix, targets[active] / norm) / norm
+        if values.min() >= 0:
+            solution[active] = values
+            break
+        active.pop(int(np.argmin(values * norm)))
+    return [float(value) for value in solution]

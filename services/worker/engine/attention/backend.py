@@ -1,0 +1,60 @@
+"""What attention is told and asked: the interface of every attention backend.
+
+Shapes: T tokens of the step, S rows (sequences) of the step, H query heads, K key/value heads,
+D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from services.worker.engine.batch import Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayer:
+    """One layer's constants."""
+
+    index: int
+    scale: float
+    # A token sees itself and the sliding_window - 1 tokens before it; None: all before it.
+    sliding_window: int | None = None
+    # Scores become soft_cap * tanh(score / soft_cap).
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """One step's rows, on the host for planning and on the device for kernels.
+
+    A row's tokens are consecutive in the step; token i of row s is at position
+    start_positions[s] + i and sees every position up to its own.
+    """
+
+    # [S] on the host.
+    slots: Int32Array
+    num_tokens: Int32Array
+    start_positions: Int32Array
+    # [max slots, max pages of a sequence] on the device: page ids by slot.
+    page_table: torch.Tensor
+    # [T] on the device, int64: where in the pool (page * page_size + offset) a token's keys go.
+    locations: torch.Tensor
+
+
+class AttentionBackend(Protocol):
+    """Attention over the page pool.
+
+    `plan` is called once a step, then `run` once a layer. `run` first writes the step's keys and
+    values, then attends, so rows of one step may share pages.
+    """
+
+    def plan(self, inputs: AttentionInputs) -> None:
+        """Prepare for a step."""
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+    ) -> torch.Tensor:
+        """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension."""

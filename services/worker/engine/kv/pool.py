@@ -1,0 +1,60 @@
+"""The keys and values of every page on one rank's device, and how many pages fit.
+
+Shapes: N pages, P tokens a page, H this rank's key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class PagePool:
+    """Owns `tensor` [layers, 2, N, P, H, D]; page ids index its third dimension.
+
+    Which page belongs to whom is not its business. Starts as zeros, so that what was never
+    written is finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.tensor = torch.zeros(
+            (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim),
+            dtype=dtype,
+            device=device,
+        )
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[N, P, H, D]"""
+        return self.tensor[layer, 0]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[N, P, H, D]"""
+        return self.tensor[layer, 1]
+
+
+def page_bytes(
+    *, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes that one page takes over all layers of one rank."""
+    return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def fitting_pages(*, free_bytes: int, bytes_per_page: int) -> int:
+    """Pages for a pool in `free_bytes`. Raises ValueError when not even one fits."""
+    if free_bytes < bytes_per_page:
+        raise ValueError(
+            f"no room for keys and values: a page takes {bytes_per_page} bytes, "
+            f"{max(free_bytes, 0)} are free"
+        )
+    return free_bytes // bytes_per_page

@@ -1,0 +1,53 @@
+"""Token embedding and output head, divided among the ranks by vocabulary.
+
+Shapes: T tokens, R rows, E hidden size, V vocabulary, W this rank's share of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from services.worker.engine.layers.parameters import Placement
+
+
+class VocabularyShard:
+    """This rank's rows of a [V, E] matrix; the last rank's are padded with zeros.
+
+    Embedding and output head may share one (tied embeddings).
+    """
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, placement: Placement) -> None:
+        self._name = name
+        self._shape = (vocab_size, hidden_size)
+        self.vocab_size = vocab_size
+        self.group = placement.group
+        self.num_ids = -(-vocab_size // placement.group.size)
+        self.first_id = placement.group.rank * self.num_ids
+        self.weight = placement.empty(self.num_ids, hidden_size)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return {self._name: self._shape}
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        rows = tensor[self.first_id : self.first_id + self.num_ids]
+        self.weight[: len(rows)].copy_(rows)
+        self.weight[len(rows) :].zero_()
+
+
+def embed(shard: VocabularyShard, token_ids: torch.Tensor) -> torch.Tensor:
+    """[T] -> [T, E]"""
+    if shard.group.size == 1:
+        return F.embedding(token_ids, shard.weight)
+    local = token_ids - shard.first_id
+    outside = (local < 0) | (local >= shard.num_ids)
+    hidden = F.embedding(local.masked_fill(outside, 0), shard.weight)
+    return shard.group.all_reduce(hidden.masked_fill_(outside[:, None], 0))
+
+
+def compute_logits(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tensor:
+    """[R, E] -> [R, V] in float32, whole on every rank."""
+    logits = F.linear(hidden, shard.weight).float()
+    if shard.group.size == 1:
+        return logits
+    return shard.group.all_gather(logits)[:, : shard.vocab_size].contiguous()

@@ -1,0 +1,153 @@
+"""The engine loop of rank 0: messages in, steps through the runner, one output a step.
+
+Nothing here awaits. With two steps in flight, the device works on one while this process plans
+the next and handles the result of the one before (after the overlapped loop of mini-sglang).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from services.worker.engine.batch import Runner
+from services.worker.engine.batching.scheduler import BatchScheduler
+from services.worker.engine.messages import (
+    Cancel,
+    EngineInput,
+    FlushCache,
+    Request,
+    StepOutput,
+)
+from services.worker.engine.options import EnginePlan
+
+logger = logging.getLogger(__name__)
+
+# google.rpc.Code.UNAVAILABLE, which this package may not import: try again elsewhere.
+_UNAVAILABLE = 14
+
+# An engine that is idle for this long looks after itself before it sleeps on.
+_UPKEEP_AFTER_S = 1.0
+
+
+class Inbox(Protocol):
+    """Where messages from the front arrive."""
+
+    def receive(self, block: bool, timeout_s: float | None = None) -> list[EngineInput]:
+        """All messages that have come; with `block`, waits for one, at most `timeout_s`."""
+
+
+class Outbox(Protocol):
+    """Where outputs go. It takes them at once: the engine never waits for a reader."""
+
+    def send(self, message: StepOutput) -> None:
+        """Send one output."""
+
+
+class EngineLoop:
+    """Sequences the scheduler and the runner, and owns neither.
+
+    Garbage collection is off while it runs; it collects, and checks the scheduler's invariants,
+    once in each idle time.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        scheduler: BatchScheduler,
+        inbox: Inbox,
+        outbox: Outbox,
+        upkeep_after_s: float = _UPKEEP_AFTER_S,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._outbox = outbox
+        self._upkeep_after_s = upkeep_after_s
+        self._was_upkept = False
+        self._is_stopping = False
+
+    def run(self) -> None:
+        """Serve until a Stop message. An exception fails what is live and is raised again."""
+        gc.disable()
+        try:
+            while not self._is_stopping:
+                self.step()
+            self._fail_live("the worker is stopping")
+        except Exception:
+            logger.exception("event=engine_step_failed live=%s", self._scheduler.num_live)
+            self._fail_live("the engine failed and is starting again")
+            raise
+        finally:
+            gc.enable()
+
+    def step(self) -> None:
+        """One turn: messages, the next step out, the previous step's result in, the output."""
+        self._take_messages()
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._runner.forward(plan)
+            self._runner.sample()
+        num_to_leave = 0 if plan is None else self._runner.num_in_flight - 1
+        if self._scheduler.num_issued > num_to_leave:
+            self._scheduler.apply(self._runner.result())
+        self._publish()
+
+    def _take_messages(self) -> None:
+        idle = self._scheduler.num_live == 0 and self._scheduler.num_issued == 0
+        if not idle:
+            self._was_upkept = False
+        timeout_s = None if self._was_upkept else self._upkeep_after_s
+        messages = self._inbox.receive(block=idle, timeout_s=timeout_s if idle else 0.0)
+        if idle and not messages and not self._was_upkept:
+            self._scheduler.check()
+            gc.collect()
+            self._was_upkept = True
+        for message in messages:
+            self._handle(message)
+
+    def _handle(self, message: EngineInput) -> None:
+        match message:
+            case Request():
+                self._scheduler.add(message)
+            case Cancel(keys=keys):
+                for key in keys:
+                    self._scheduler.cancel(key)
+            case FlushCache():
+                self._scheduler.flush_cache()
+            case _:
+                self._is_stopping = True
+
+    def _fail_live(self, message: str) -> None:
+        self._scheduler.fail_all(_UNAVAILABLE, message)
+        self._publish()
+
+    def _publish(self) -> None:
+        output = self._scheduler.take_output()
+        if output is not None:
+            self._outbox.send(output)
+
+
+def build_loop(
+    runner: Runner,
+    plan: EnginePlan,
+    inbox: Inbox,
+    outbox: Outbox,
+    clock: Callable[[], int] = time.monotonic_ns,
+) -> EngineLoop:
+    """The loop of an engine that was set up as `plan` says."""
+    scheduler = BatchScheduler(
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        context_length=plan.context_length,
+        vocab_size=plan.vocab_size,
+        eos_token_ids=plan.eos_token_ids,
+        max_running_sequences=plan.max_running_sequences,
+        max_step_tokens=plan.max_step_tokens,
+        num_in_flight=runner.num_in_flight,
+        clock=clock,
+    )
+    return EngineLoop(runner=runner, scheduler=scheduler, inbox=inbox, outbox=outbox)

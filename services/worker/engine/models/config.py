@@ -1,0 +1,186 @@
+"""A decoder's shape, read from a Hugging Face config.json of any age.
+
+Both forms are read: the classic one (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of
+transformers 5 (`rope_parameters`, `dtype`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.worker.engine.layers.rotary import RopeConfig, RopeScaling, yarn_magnitude
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything that tells one decoder from another."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    tied_embeddings: bool
+    # Of query, key and value projections; of attention's output; of the MLP's projections.
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    # RMS norm on each head of queries and keys.
+    qk_norm: bool
+    # Per layer; None attends to everything before.
+    sliding_windows: tuple[int | None, ...]
+    # The checkpoint's: "float32", "bfloat16" or "float16".
+    dtype: str
+    # Used unless the operator names another; the longest that the rotary embedding is made for.
+    context_length: int
+    max_context_length: int
+
+
+def parse_decoder(
+    raw: Json,
+    architecture: str,
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    sliding_windows: tuple[int | None, ...] | None = None,
+) -> ModelConfig:
+    """What all families share; the arguments are where they differ. Raises ValueError."""
+    if raw.get("quantization_config"):
+        raise ValueError("config.json: quantized checkpoints are not supported")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"hidden_act {activation!r} is not supported; supported: 'silu'")
+    num_heads = integer(raw, "num_attention_heads")
+    hidden_size = integer(raw, "hidden_size")
+    head_dim = raw.get("head_dim") or hidden_size // num_heads
+    num_layers = integer(raw, "num_hidden_layers")
+    num_kv_heads = raw.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} attention heads do not divide by {num_kv_heads} kv heads")
+    rope = _parse_rope(raw, head_dim)
+    default_context, max_context = _context_lengths(raw, rope.scaling)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=integer(raw, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=rope,
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        sliding_windows=sliding_windows or (None,) * num_layers,
+        dtype=_parse_dtype(raw),
+        context_length=default_context,
+        max_context_length=max_context,
+    )
+
+
+def integer(raw: Json, name: str) -> int:
+    """A required integer of config.json. Raises ValueError."""
+    value = raw.get(name)
+    if not isinstance(value, int):
+        raise ValueError(f"config.json: {name} must be an integer, got {value!r}")
+    return value
+
+
+def _parse_dtype(raw: Json) -> str:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"config.json: dtype {name!r} is not supported")
+    return name
+
+
+def _parse_rope(raw: Json, head_dim: int) -> RopeConfig:
+    settings: Json = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in settings.values()):
+        raise ValueError("config.json: rotary embeddings that differ by layer are not supported")
+    partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported")
+    theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    return RopeConfig(theta=theta, head_dim=head_dim, scaling=_parse_scaling(raw, settings))
+
+
+def _parse_scaling(raw: Json, settings: Json) -> RopeScaling | None:
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return None
+    max_positions = integer(raw, "max_position_embeddings")
+    original = (
+        raw.get("original_max_position_embeddings")
+        or settings.get("original_max_position_embeddings")
+        or max_positions
+    )
+    factor = settings.get("factor")
+    if factor is None and kind == "yarn":
+        factor = max_positions / original
+    if not isinstance(factor, int | float):
+        raise ValueError(f"config.json: rope scaling {kind!r} needs a factor, got {factor!r}")
+    if kind in ("linear", "dynamic"):
+        return RopeScaling(kind=kind, factor=factor, original_context=max_positions)
+    if kind == "llama3":
+        return RopeScaling(
+            kind=kind,
+            factor=factor,
+            original_context=original,
+            low_freq_factor=float(settings["low_freq_factor"]),
+            high_freq_factor=float(settings["high_freq_factor"]),
+        )
+    if kind == "yarn":
+        return RopeScaling(
+            kind=kind,
+            factor=factor,
+            original_context=original,
+            beta_fast=settings.get("beta_fast") or 32.0,
+            beta_slow=settings.get("beta_slow") or 1.0,
+            attention_factor=_yarn_attention_factor(settings, factor),
+            truncate=settings.get("truncate", True),
+        )
+    raise ValueError(
+        f"config.json: rope scaling {kind!r} is not supported; "
+        "supported: default, linear, dynamic, llama3, yarn"
+    )
+
+
+def _yarn_attention_factor(settings: Json, factor: float) -> float | None:
+    given = settings.get("attention_factor")
+    if given is not None:
+        return float(given)
+    scale, scale_all = settings.get("mscale"), settings.get("mscale_all_dim")
+    if scale and scale_all:
+        return yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all)
+    return None
+
+
+def _context_lengths(raw: Json, scaling: RopeScaling | None) -> tuple[int, int]:
+    """Default and longest context.
+
+    Checkpoints disagree on whether `max_position_embeddings` is stretched already; only YaRN's
+    states the original beside it. So "linear" and "dynamic" stretch further on request only.
+    """
+    max_positions = integer(raw, "max_position_embeddings")
+    if scaling is None or scaling.kind == "llama3":
+        return max_positions, max_positions
+    stretched = int(scaling.original_context * scaling.factor)
+    if scaling.kind == "yarn":
+        longest = max(max_positions, stretched)
+        return longest, longest
+    return max_positions, max(max_positions, stretched)

@@ -1,0 +1,182 @@
+"""The decoder that Llama, Mistral and Qwen share: their differences are ModelConfig's fields.
+
+Shapes: T tokens of the step, R rows, E hidden size, V vocabulary, H query heads and K key/value
+heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
+from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
+from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
+from services.worker.engine.layers.norm import RmsNorm
+from services.worker.engine.layers.parameters import Layer, Placement, shard_size
+from services.worker.engine.layers.rotary import RotaryTable, rotate
+from services.worker.engine.models.config import ModelConfig
+
+
+class Attention:
+    """Projections, optional norms of heads, rotation; the attention itself is the backend's."""
+
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
+        head_dim = config.head_dim
+        self.qkv = ColumnParallelLinear(
+            (
+                Part("q_proj", config.num_heads, head_dim),
+                Part("k_proj", config.num_kv_heads, head_dim),
+                Part("v_proj", config.num_kv_heads, head_dim),
+            ),
+            config.hidden_size,
+            bias=config.qkv_bias,
+            placement=placement,
+        )
+        self.output = RowParallelLinear(
+            "o_proj",
+            config.num_heads * head_dim,
+            config.hidden_size,
+            bias=config.output_bias,
+            placement=placement,
+        )
+        self.norms: tuple[RmsNorm, RmsNorm] | None = None
+        if config.qk_norm:
+            self.norms = (
+                RmsNorm("q_norm", head_dim, config.norm_eps, placement),
+                RmsNorm("k_norm", head_dim, config.norm_eps, placement),
+            )
+        self.spec = AttentionLayer(
+            index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
+        )
+        self._head_dim = head_dim
+        self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        backend: AttentionBackend,
+    ) -> torch.Tensor:
+        """[T, E] -> [T, E]"""
+        heads = self.qkv.forward(x).view(len(x), -1, self._head_dim)
+        rotated_heads = self._num_heads + self._num_kv_heads
+        if self.norms is None:
+            # Queries and keys lie side by side, so one rotation serves both.
+            qk = rotate(heads[:, :rotated_heads], cos, sin)
+        else:
+            q_norm, k_norm = self.norms
+            q = q_norm.forward(heads[:, : self._num_heads])
+            k = k_norm.forward(heads[:, self._num_heads : rotated_heads])
+            qk = rotate(torch.cat((q, k), dim=1), cos, sin)
+        out = backend.run(
+            qk[:, : self._num_heads],
+            qk[:, self._num_heads :],
+            heads[:, rotated_heads:],
+            self.spec,
+        )
+        return self.output.forward(out.flatten(1))
+
+
+class Mlp:
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        self.gate_up = ColumnParallelLinear(
+            (
+                Part("gate_proj", config.intermediate_size),
+                Part("up_proj", config.intermediate_size),
+            ),
+            config.hidden_size,
+            bias=config.mlp_bias,
+            placement=placement,
+        )
+        self.down = RowParallelLinear(
+            "down_proj",
+            config.intermediate_size,
+            config.hidden_size,
+            bias=config.mlp_bias,
+            placement=placement,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, E] -> [T, E]"""
+        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
+        return self.down.forward(F.silu(gate).mul_(up))
+
+
+class DecoderLayer:
+    """Attention and MLP, each after a norm and added to the residual."""
+
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
+        self.attention = Attention(config, index, placement)
+        self.mlp = Mlp(config, placement)
+        size, eps = config.hidden_size, config.norm_eps
+        self.input_norm = RmsNorm("input_layernorm", size, eps, placement)
+        self.mlp_norm = RmsNorm("post_attention_layernorm", size, eps, placement)
+
+    def layers(self) -> Iterator[tuple[str, Layer]]:
+        """Every layer with parameters and its checkpoint prefix."""
+        yield "", self.input_norm
+        yield "", self.mlp_norm
+        yield "self_attn.", self.attention.qkv
+        yield "self_attn.", self.attention.output
+        for norm in self.attention.norms or ():
+            yield "self_attn.", norm
+        yield "mlp.", self.mlp.gate_up
+        yield "mlp.", self.mlp.down
+
+
+class Decoder:
+    """One rank's shard of the model; parameters are uninitialised until loaded."""
+
+    def __init__(self, config: ModelConfig, context_length: int, placement: Placement) -> None:
+        shard_size(config.num_heads, placement.group, "num_attention_heads")
+        self.config = config
+        self._embedding = VocabularyShard(
+            "model.embed_tokens.weight", config.vocab_size, config.hidden_size, placement
+        )
+        self._head = self._embedding
+        if not config.tied_embeddings:
+            self._head = VocabularyShard(
+                "lm_head.weight", config.vocab_size, config.hidden_size, placement
+            )
+        self._layers = [
+            DecoderLayer(config, index, placement) for index in range(config.num_layers)
+        ]
+        self._norm = RmsNorm("model.norm", config.hidden_size, config.norm_eps, placement)
+        self._rotary = RotaryTable(config.rope, context_length, placement.device, placement.dtype)
+
+    def layers(self) -> Iterator[tuple[str, Layer]]:
+        """Every layer with parameters and its checkpoint prefix."""
+        yield "", self._embedding
+        for index, layer in enumerate(self._layers):
+            for prefix, part in layer.layers():
+                yield f"model.layers.{index}.{prefix}", part
+        yield "", self._norm
+        if self._head is not self._embedding:
+            yield "", self._head
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """[T] ids and positions -> [T, E] after the last norm."""
+        cos, sin = self._rotary.at(positions)
+        residual = embed(self._embedding, token_ids)
+        x = self._layers[0].input_norm.forward(residual)
+        for index, layer in enumerate(self._layers):
+            x = layer.attention.forward(x, cos, sin, backend)
+            x, residual = layer.mlp_norm.forward_add(x, residual)
+            x = layer.mlp.forward(x)
+            following = (
+                self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
+            )
+            x, residual = following.forward_add(x, residual)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] -> [R, V] in float32."""
+        return compute_logits(self._head, hidden)

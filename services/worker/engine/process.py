@@ -1,0 +1,188 @@
+"""The engine process: builds the runner, then runs the loop between two ZeroMQ sockets.
+
+Rank 0's process. It has no event loop and no second busy Python thread (ZeroMQ's own thread is
+native); it dies with the front that started it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from services.common.logs import configure_logging
+from services.common.process import die_with_parent
+from services.worker.engine.batch import Runner
+from services.worker.engine.loop import build_loop
+from services.worker.engine.messages import (
+    EngineFailed,
+    EngineInput,
+    EngineOutput,
+    EngineReady,
+    LoadProgress,
+)
+from services.worker.engine.options import EngineOptions, EnginePlan
+
+logger = logging.getLogger(__name__)
+
+# How long the last messages may take to leave when the process ends.
+_LINGER_MS = 2000
+
+# Failures to load that starting again cannot mend: a wrong model, a wrong wish.
+_PERMANENT = (ValueError, TypeError, KeyError, FileNotFoundError, NotImplementedError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """Everything an engine process is told when it starts."""
+
+    input_address: str
+    output_address: str
+    parent_pid: int
+    log_level: str
+    options: EngineOptions
+
+
+def encode_spec(spec: EngineSpec) -> str:
+    """The process's one argument."""
+    return msgspec.json.encode(spec, enc_hook=str).decode()
+
+
+def decode_spec(argument: str) -> EngineSpec:
+    """What `encode_spec` made. Raises msgspec.ValidationError."""
+    return msgspec.json.decode(argument, type=EngineSpec, dec_hook=_decode_path)
+
+
+class ZmqInbox:
+    """What the front sends, decoded. Owns the receiving socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._decoder = msgspec.msgpack.Decoder(list[EngineInput])
+
+    def receive(self, block: bool, timeout_s: float | None = None) -> list[EngineInput]:
+        """All messages that have come; with `block`, waits for one, at most `timeout_s`."""
+        messages: list[EngineInput] = []
+        if block:
+            self._socket.poll(None if timeout_s is None else max(1, int(timeout_s * 1000)))
+        while True:
+            try:
+                messages += self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return messages
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close(linger=0)
+
+
+class ZmqOutbox:
+    """What the front receives. Owns the sending socket; a send never blocks."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: EngineOutput) -> None:
+        """Send one message."""
+        self._socket.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Close the socket after what was sent has left."""
+        self._socket.close(linger=_LINGER_MS)
+
+
+def main() -> None:
+    """Run one engine until it is told to stop or fails."""
+    spec = decode_spec(sys.argv[1])
+    # Ctrl-C reaches the whole group; the front decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(spec.parent_pid)
+    configure_logging("engine", spec.log_level)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    inbox = ZmqInbox(context, spec.input_address)
+    outbox = ZmqOutbox(context, spec.output_address)
+    try:
+        succeeded = run_engine(spec.options, inbox, outbox)
+    finally:
+        inbox.close()
+        outbox.close()
+        context.term()
+    sys.exit(0 if succeeded else 1)
+
+
+def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bool:
+    """Load, then serve until told to stop; False after a failure, which the front was told."""
+    try:
+        runner, plan = _load(options, outbox)
+    except Exception as error:
+        logger.exception("event=engine_load_failed")
+        outbox.send(EngineFailed(_reason(error), permanent=isinstance(error, _PERMANENT)))
+        return False
+    try:
+        loop = build_loop(runner, plan, inbox, outbox)
+        # What loading made lives as long as the process; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        outbox.send(ready_message(plan))
+        loop.run()
+    except Exception as error:
+        logger.exception("event=engine_failed")
+        outbox.send(EngineFailed(_reason(error), permanent=False))
+        return False
+    finally:
+        runner.close()
+    return True
+
+
+def _load(options: EngineOptions, outbox: ZmqOutbox) -> tuple[Runner, EnginePlan]:
+    outbox.send(LoadProgress(0.0, "starting"))
+    # Imported late: torch takes seconds, and the front imports this module for EngineSpec.
+    from services.worker.engine.runner.build import build_runner
+
+    started = time.monotonic()
+    built = build_runner(options, lambda fraction, what: outbox.send(LoadProgress(fraction, what)))
+    logger.info("event=engine_loaded seconds=%.1f", time.monotonic() - started)
+    return built
+
+
+def ready_message(plan: EnginePlan) -> EngineReady:
+    """The plan as the front gets it."""
+    return EngineReady(
+        device=plan.device,
+        dtype=plan.dtype,
+        attention_backend=plan.attention_backend,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        context_length=plan.context_length,
+        vocab_size=plan.vocab_size,
+        eos_token_ids=list(plan.eos_token_ids),
+        max_running_sequences=plan.max_running_sequences,
+        max_step_tokens=plan.max_step_tokens,
+        tp_size=plan.tp_size,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path:
+        return Path(str(value))
+    raise NotImplementedError(f"no decoding of {kind}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Makes an engine's runner from the operator's wishes, with the other ranks if there are any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import torch
+
+from services.common.model_files import eos_token_ids
+from services.worker.engine.batch import Runner, SlotAssignment, StepPlan
+from services.worker.engine.distributed.channel import Kind
+from services.worker.engine.distributed.group import GlooGroup, SoloGroup, create_store
+from services.worker.engine.messages import LogprobSpec, SamplingParams
+from services.worker.engine.models.config import ModelConfig
+from services.worker.engine.models.registry import load_model_config
+from services.worker.engine.options import EngineOptions, EnginePlan
+from services.worker.engine.runner.memory import pool_budget_bytes
+from services.worker.engine.runner.ranks import LeadingRunner, RankLoaded, RankProcesses
+from services.worker.engine.runner.setup import (
+    decide_device,
+    decide_plan,
+    load_model,
+    make_runner,
+)
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[float, str], None]
+
+# Share of a start that loading weights takes.
+_WEIGHTS_SHARE = 0.9
+
+
+def build_runner(options: EngineOptions, on_progress: OnProgress) -> tuple[Runner, EnginePlan]:
+    """Load the model on all ranks and run one step, so that what returns is known to work.
+
+    For tp_size > 1 this process is rank 0 and starts the others, which die with this thread.
+    On CPUs, torch's threads (OMP_NUM_THREADS, by default the cores) are divided among the ranks.
+    Raises ValueError when the model or the options cannot work, RankLostError when a rank died.
+    """
+    config = load_model_config(options.model_path)
+    device = decide_device(options)
+    if options.tp_size < 1:
+        raise ValueError(f"tp_size must be >= 1, got {options.tp_size}")
+    if options.tp_size == 1:
+        runner, plan = _build_solo(options, config, device, on_progress)
+    elif device.type == "cpu":
+        runner, plan = _build_ranked(options, config, device, on_progress)
+    else:
+        raise ValueError("tp_size > 1 needs device cpu")
+    try:
+        _run_first_step(runner)
+    except BaseException:
+        runner.close()
+        raise
+    on_progress(1.0, "ready")
+    logger.info("event=engine_plan %s", plan)
+    return runner, plan
+
+
+def _build_solo(
+    options: EngineOptions, config: ModelConfig, device: torch.device, on_progress: OnProgress
+) -> tuple[Runner, EnginePlan]:
+    group = SoloGroup()
+    model = load_model(
+        options,
+        config,
+        device=device,
+        group=group,
+        on_progress=lambda fraction: on_progress(_WEIGHTS_SHARE * fraction, "weights"),
+    )
+    budget = pool_budget_bytes(device, options.mem_fraction_static, 1)
+    plan = _plan(options, config, device, budget)
+    return make_runner(model, plan, group), plan
+
+
+def _build_ranked(
+    options: EngineOptions, config: ModelConfig, device: torch.device, on_progress: OnProgress
+) -> tuple[Runner, EnginePlan]:
+    size = options.tp_size
+    num_threads = max(1, torch.get_num_threads() // size)
+    torch.set_num_threads(num_threads)
+    ranks = RankProcesses(size)
+    try:
+        store, port = create_store(size)
+        ranks.start(options, port, num_threads)
+        group = GlooGroup(store, 0, size)
+        model = load_model(
+            options,
+            config,
+            device=device,
+            group=group,
+            on_progress=lambda fraction: on_progress(_WEIGHTS_SHARE * fraction, "weights"),
+        )
+        answers = [
+            msgspec.json.decode(payload, type=RankLoaded) for payload in ranks.expect(Kind.LOADED)
+        ]
+        budgets = [answer.pool_budget_bytes for answer in answers]
+        budgets.append(pool_budget_bytes(device, options.mem_fraction_static, size))
+        plan = _plan(options, config, device, min(budgets))
+        ranks.send(Kind.READY, msgspec.json.encode(plan))
+        return LeadingRunner(make_runner(model, plan, group), ranks, group), plan
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _plan(
+    options: EngineOptions, config: ModelConfig, device: torch.device, budget: int
+) -> EnginePlan:
+    return decide_plan(
+        options,
+        config,
+        device=device,
+        eos_token_ids=tuple(eos_token_ids(options.model_path, options.tokenizer_path)),
+        pool_budget_bytes=budget,
+    )
+
+
+def _run_first_step(runner: Runner) -> None:
+    """One sampled token in slot 0 and page 0: warms up, and passes every collective."""
+    one = np.zeros(1, np.int32)
+    runner.forward(
+        StepPlan(
+            step_number=0,
+            slots=one,
+            num_tokens=one + 1,
+            start_positions=one,
+            token_ids=one,
+            sample_rows=one,
+            page_slots=one,
+            page_indices=one,
+            page_ids=one,
+            assignments=[
+                SlotAssignment(
+                    slot=0,
+                    sampling=SamplingParams(),
+                    logprobs=LogprobSpec(),
+                    choice_index=0,
+                    prompt_len=1,
+                    token_ids=[0],
+                )
+            ],
+        )
+    )
+    runner.sample()
+    runner.result()

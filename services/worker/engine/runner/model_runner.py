@@ -1,0 +1,179 @@
+"""Runs one rank's shard of the model: forward passes, sampling and their results.
+
+Shapes: T tokens of the step, R rows that sample, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from services.worker.engine.attention.backend import AttentionBackend
+from services.worker.engine.batch import PromptLogprobRequest, StepPlan, StepResult
+from services.worker.engine.messages import LogprobSpec
+from services.worker.engine.models.decoder import Decoder
+from services.worker.engine.options import EnginePlan
+from services.worker.engine.runner.inputs import SlotTables, StepInputs
+from services.worker.engine.sampling.counts import TokenCounts
+from services.worker.engine.sampling.logprobs import (
+    PositionLogprobs,
+    compute_logprobs,
+    concatenate,
+    logprob_rows,
+)
+from services.worker.engine.sampling.sampler import sample
+from services.worker.engine.sampling.table import SamplingTable
+
+# Prompt positions whose logits exist at one time.
+_PROMPT_LOGPROB_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarded:
+    """A forward pass that was not sampled yet."""
+
+    plan: StepPlan
+    inputs: StepInputs
+    # [R, V]
+    logits: torch.Tensor
+    # In the order of StepPlan.prompt_logprobs.
+    prompt_logprobs: list[PositionLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """A step whose result was not read yet."""
+
+    forwarded: _Forwarded
+    # [R]
+    token_ids: torch.Tensor
+    logprob_rows: list[int]
+    logprob_specs: list[LogprobSpec]
+    logprobs: PositionLogprobs | None
+
+
+class ModelRunner:
+    """Runner of one rank. Owns the tables over slots; slots are below `max_running_sequences`.
+
+    Ranks above 0 compute the same tokens for their own tables and report nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        backend: AttentionBackend,
+        plan: EnginePlan,
+        device: torch.device,
+        reports: bool = True,
+    ) -> None:
+        # On a CPU nothing runs beside the host, so a second step in flight would gain nothing.
+        self.num_in_flight = 1 if device.type == "cpu" else 2
+        self._model = model
+        self._backend = backend
+        self._reports = reports
+        num_slots = plan.max_running_sequences
+        self._tables = SlotTables(
+            num_slots=num_slots,
+            max_pages=-(-plan.context_length // plan.page_size),
+            page_size=plan.page_size,
+            device=device,
+        )
+        self._counts = TokenCounts(plan.vocab_size, device)
+        self._sampling = SamplingTable(
+            num_slots=num_slots,
+            vocab_size=plan.vocab_size,
+            eos_token_ids=plan.eos_token_ids,
+            counts=self._counts,
+            device=device,
+        )
+        self._device = device
+        self._forwarded: deque[_Forwarded] = deque()
+        self._sampled: deque[_Sampled] = deque()
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> None:
+        """Issue the step's forward pass."""
+        for assignment in plan.assignments:
+            self._sampling.assign(assignment)
+        inputs = self._tables.prepare(plan)
+        self._backend.plan(inputs.attention)
+        hidden = self._model.forward(inputs.token_ids, inputs.positions, self._backend)
+        prompt_logprobs = [
+            self._prompt_logprobs(hidden, plan, inputs, request) for request in plan.prompt_logprobs
+        ]
+        if inputs.sample_tokens is not None:
+            hidden = hidden.index_select(0, inputs.sample_tokens)
+        logits = self._model.logits(hidden)
+        self._forwarded.append(_Forwarded(plan, inputs, logits, prompt_logprobs))
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        """Issue sampling for the newest forward pass."""
+        forwarded = self._forwarded.pop()
+        inputs, logits = forwarded.inputs, forwarded.logits
+        batch = self._sampling.batch(inputs.sample_slots, inputs.sample_positions)
+        reported = batch.logprob_rows if self._reports else []
+        raw_logits = logits[reported] if reported else None
+        token_ids = sample(logits, batch, self._counts)
+        slots = torch.from_numpy(inputs.sample_slots.astype(np.int64)).to(self._device)
+        self._tables.last_ids[slots] = token_ids
+        logprobs = None
+        if raw_logits is not None:
+            logprobs = compute_logprobs(raw_logits, token_ids[reported], batch.logprob_specs)
+        if self._reports:
+            self._sampled.append(
+                _Sampled(forwarded, token_ids, reported, batch.logprob_specs, logprobs)
+            )
+
+    def result(self) -> StepResult:
+        """Wait for the oldest sampled step that was not read yet."""
+        sampled = self._sampled.popleft()
+        forwarded = sampled.forwarded
+        token_ids = sampled.token_ids.to("cpu", torch.int32).numpy()
+        result = StepResult(step_number=forwarded.plan.step_number, token_ids=token_ids)
+        if sampled.logprobs is not None:
+            on_host = sampled.logprobs.cpu()
+            for index, row in enumerate(sampled.logprob_rows):
+                result.output_logprobs[row] = logprob_rows(
+                    on_host,
+                    slice(index, index + 1),
+                    int(forwarded.inputs.sample_positions[row]),
+                    [int(token_ids[row])],
+                    sampled.logprob_specs[index],
+                )
+        for request, values in zip(
+            forwarded.plan.prompt_logprobs, forwarded.prompt_logprobs, strict=True
+        ):
+            result.prompt_logprobs.append(
+                logprob_rows(
+                    values.cpu(), slice(None), request.start, request.token_ids, request.spec
+                )
+            )
+        return result
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._forwarded.clear()
+        self._sampled.clear()
+
+    def _prompt_logprobs(
+        self,
+        hidden: torch.Tensor,
+        plan: StepPlan,
+        inputs: StepInputs,
+        request: PromptLogprobRequest,
+    ) -> PositionLogprobs:
+        offset = int(inputs.first_tokens[request.row]) - int(plan.start_positions[request.row])
+        following = torch.tensor(request.token_ids, dtype=torch.int64, device=self._device)
+        parts = []
+        for start in range(request.start, request.stop, _PROMPT_LOGPROB_BLOCK):
+            stop = min(start + _PROMPT_LOGPROB_BLOCK, request.stop)
+            # The token at p - 1 predicts the one at p.
+            logits = self._model.logits(hidden[offset + start - 1 : offset + stop - 1])
+            tokens = following[start - request.start : stop - request.start]
+            parts.append(compute_logprobs(logits, tokens, [request.spec] * (stop - start)))
+        return concatenate(parts)

@@ -1,0 +1,140 @@
+"""What every rank does at start: read the model, load its shard, make its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from services.worker.engine.attention.backend import AttentionBackend
+from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.distributed.group import TpGroup
+from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
+from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.models.config import ModelConfig
+from services.worker.engine.models.decoder import Decoder
+from services.worker.engine.models.weights import load_dummy_weights, load_weights
+from services.worker.engine.options import EngineOptions, EnginePlan
+from services.worker.engine.runner.model_runner import ModelRunner
+
+ATTENTION_BACKENDS: dict[str, Callable[[PagePool], AttentionBackend]] = {"torch": TorchAttention}
+
+_LOAD_FORMATS = ("safetensors", "dummy")
+
+
+def decide_device(options: EngineOptions) -> torch.device:
+    """Raises ValueError for a device that is not there."""
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but no GPU is available")
+    return torch.device(name)
+
+
+def decide_dtype(options: EngineOptions, config: ModelConfig, device: torch.device) -> str:
+    """Raises ValueError for an unknown type."""
+    name = options.dtype
+    if name == "auto":
+        return "float32" if device.type == "cpu" else config.dtype
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return name
+
+
+def decide_context_length(options: EngineOptions, config: ModelConfig) -> int:
+    """Raises ValueError when the operator wants more than the model can."""
+    wanted = options.context_length or config.context_length
+    if wanted > config.max_context_length:
+        raise ValueError(
+            f"context_length {wanted} exceeds the model's longest, {config.max_context_length}"
+        )
+    return wanted
+
+
+def decide_plan(
+    options: EngineOptions,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    eos_token_ids: tuple[int, ...],
+    pool_budget_bytes: int,
+) -> EnginePlan:
+    """The engine's decisions, from the operator's wishes and the memory left for pages.
+
+    Pure. Raises ValueError when a wish cannot be met.
+    """
+    backend = options.attention_backend or "torch"
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(
+            f"attention_backend {backend!r} is unknown; known: {', '.join(ATTENTION_BACKENDS)}"
+        )
+    dtype = decide_dtype(options, config, device)
+    num_pages = options.num_pages or fitting_pages(
+        free_bytes=pool_budget_bytes,
+        bytes_per_page=page_bytes(
+            num_layers=config.num_layers,
+            page_size=options.page_size,
+            num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
+            head_dim=config.head_dim,
+            dtype=getattr(torch, dtype),
+        ),
+    )
+    return EnginePlan(
+        device=device.type,
+        dtype=dtype,
+        attention_backend=backend,
+        page_size=options.page_size,
+        num_pages=num_pages,
+        # A sequence that cannot fit the whole pool could never run.
+        context_length=min(decide_context_length(options, config), num_pages * options.page_size),
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos_token_ids,
+        max_running_sequences=options.max_running_sequences,
+        max_step_tokens=options.chunked_prefill_size,
+        tp_size=options.tp_size,
+    )
+
+
+def load_model(
+    options: EngineOptions,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    group: TpGroup,
+    on_progress: Callable[[float], None],
+) -> Decoder:
+    """This rank's shard with its weights. Raises ValueError when the checkpoint does not fit."""
+    if options.load_format not in _LOAD_FORMATS:
+        raise ValueError(
+            f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
+        )
+    dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
+    placement = Placement(device, dtype, group)
+    model = Decoder(config, decide_context_length(options, config), placement)
+    if options.load_format == "dummy":
+        load_dummy_weights(model, device, on_progress)
+    else:
+        load_weights(model, options.model_path, on_progress)
+    return model
+
+
+def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner:
+    """The rank's page pool, attention backend and runner around a loaded model."""
+    config = model.config
+    device = torch.device(plan.device)
+    pool = PagePool(
+        num_layers=config.num_layers,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        num_kv_heads=max(1, config.num_kv_heads // group.size),
+        head_dim=config.head_dim,
+        dtype=getattr(torch, plan.dtype),
+        device=device,
+    )
+    backend = ATTENTION_BACKENDS[plan.attention_backend](pool)
+    return ModelRunner(
+        model=model, backend=backend, plan=plan, device=device, reports=group.rank == 0
+    )

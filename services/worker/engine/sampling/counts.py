@@ -1,0 +1,91 @@
+"""Which tokens sequences with penalties have seen, on the device.
+
+Shapes: C rows of counts, V vocabulary, R rows of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PenaltyRows:
+    """The penalties of those rows of a step that have any."""
+
+    # [R] rows of the step's logits, and their rows of counts.
+    rows: torch.Tensor
+    count_rows: torch.Tensor
+    # [R, 1] float32
+    repetition: torch.Tensor
+    frequency: torch.Tensor
+    presence: torch.Tensor
+
+
+class TokenCounts:
+    """Owns counts [C, V] for the slots that have penalties; grows when they become more."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._prompt_seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._output_counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self._rows_by_slot: dict[int, int] = {}
+        self._free_rows: list[int] = []
+
+    def assign(self, slot: int, prompt_ids: list[int], output_ids: list[int]) -> None:
+        """Start counting for a slot."""
+        row = self._rows_by_slot.get(slot)
+        if row is None:
+            if not self._free_rows:
+                self._grow()
+            row = self._free_rows.pop()
+            self._rows_by_slot[slot] = row
+        device = self._prompt_seen.device
+        self._prompt_seen[row].zero_()
+        self._prompt_seen[row, torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
+        self._output_counts[row] = torch.bincount(
+            torch.tensor(output_ids, dtype=torch.int64, device=device),
+            minlength=self._output_counts.shape[1],
+        )
+
+    def release(self, slot: int) -> None:
+        """Stop counting for a slot; nothing happens when it was not counted."""
+        row = self._rows_by_slot.pop(slot, None)
+        if row is not None:
+            self._free_rows.append(row)
+
+    def row(self, slot: int) -> int:
+        """The slot's row of counts."""
+        return self._rows_by_slot[slot]
+
+    def add(self, penalties: PenaltyRows, token_ids: torch.Tensor) -> None:
+        """Count each row's sampled token; `token_ids` are those of all rows of the step."""
+        self._output_counts[penalties.count_rows, token_ids[penalties.rows]] += 1
+
+    def apply(self, logits: torch.Tensor, penalties: PenaltyRows) -> None:
+        """Penalise the rows of `logits` in place.
+
+        Repetition (Keskar et al., arXiv 1909.05858) divides positive and multiplies negative
+        logits of tokens in prompt or output; then frequency is subtracted once for each time a
+        token is in the output, and presence once.
+        """
+        counts = self._output_counts[penalties.count_rows]
+        in_output = counts > 0
+        seen = in_output | self._prompt_seen[penalties.count_rows]
+        rows = logits[penalties.rows]
+        repeated = torch.where(rows > 0, rows / penalties.repetition, rows * penalties.repetition)
+        rows = torch.where(seen, repeated, rows)
+        rows -= penalties.frequency * counts
+        rows -= penalties.presence * in_output
+        logits[penalties.rows] = rows
+
+    def _grow(self) -> None:
+        old = len(self._prompt_seen)
+        added = max(4, old)
+        self._prompt_seen = _with_rows(self._prompt_seen, added)
+        self._output_counts = _with_rows(self._output_counts, added)
+        self._free_rows.extend(range(old + added - 1, old - 1, -1))
+
+
+def _with_rows(tensor: torch.Tensor, added: int) -> torch.Tensor:
+    return torch.cat((tensor, tensor.new_zeros((added, tensor.shape[1]))))

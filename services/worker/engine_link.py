@@ -1,0 +1,120 @@
+"""The front's side of the engine: two ZeroMQ sockets, and the process at their other end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from services.worker.engine.messages import EngineInput, EngineOutput, Stop
+from services.worker.engine.options import EngineOptions
+from services.worker.engine.process import EngineSpec, encode_spec
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLink:
+    """Sends inputs in batches and hands over outputs as they come.
+
+    Owns both sockets. The engine binds `input_address` and connects to `output_address`, so what
+    is sent before it is up waits here. Neither side's sends ever block.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.input_address = f"ipc://{directory}/in"
+        self.output_address = f"ipc://{directory}/out"
+        self._context = zmq.asyncio.Context()
+        self._receiver = self._context.socket(zmq.PULL)
+        self._receiver.setsockopt(zmq.RCVHWM, 0)
+        self._receiver.bind(self.output_address)
+        # A plain socket: without a high-water mark its sends return at once.
+        self._sender: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PUSH)
+        self._sender.setsockopt(zmq.SNDHWM, 0)
+        self._sender.setsockopt(zmq.LINGER, 0)
+        self._sender.connect(self.input_address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(EngineOutput)
+        self._unsent: list[EngineInput] = []
+
+    def send(self, message: EngineInput) -> None:
+        """Send with everything else of this turn of the event loop."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    async def receive(self, handle: Callable[[EngineOutput], None]) -> None:
+        """Give every output to `handle`, in order, for ever."""
+        while True:
+            handle(self._decoder.decode(await self._receiver.recv()))
+
+    def close(self) -> None:
+        """Close the sockets; what was not received is dropped."""
+        self._receiver.close(linger=0)
+        self._sender.close(linger=0)
+        self._context.term()
+
+    def _flush(self) -> None:
+        messages, self._unsent = self._unsent, []
+        if not self._sender.closed:
+            self._sender.send(self._encoder.encode(messages))
+
+
+class EngineProcess:
+    """The engine's operating-system process. It dies with this one."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, link: EngineLink, options: EngineOptions, log_level: str) -> EngineProcess:
+        """Start the engine at the other end of `link`."""
+        spec = EngineSpec(
+            input_address=link.input_address,
+            output_address=link.output_address,
+            parent_pid=os.getpid(),
+            log_level=log_level,
+            options=options,
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.worker.engine.process", encode_spec(spec)
+        )
+        logger.info("event=engine_started pid=%s", process.pid)
+        return cls(process)
+
+    async def wait(self) -> int:
+        """Its exit status once it ended; negative for a signal."""
+        return await self._process.wait()
+
+    async def stop(self, link: EngineLink, grace_s: float) -> None:
+        """Ask it to stop; kill it after `grace_s`."""
+        if self._process.returncode is not None:
+            return
+        link.send(Stop())
+        try:
+            await asyncio.wait_for(self._process.wait(), grace_s)
+        except TimeoutError:
+            logger.warning("event=engine_killed pid=%s", self._process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+            await self._process.wait()
+
+
+@contextlib.asynccontextmanager
+async def engine_link() -> AsyncIterator[EngineLink]:
+    """A link whose sockets live in a private directory, gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="rhizome-engine-") as directory:
+        link = EngineLink(Path(directory))
+        try:
+            yield link
+        finally:
+            link.close()

@@ -1,0 +1,37 @@
+"""Parses the configuration, starts the worker, and turns its failure into an exit status.
+
+Status 3: the engine cannot load, and starting again cannot help. 4: the engine died; the
+launcher starts the worker again, under a new epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from services.common.config import parse_config
+from services.common.logs import configure_logging
+from services.worker.config import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+EXIT_CANNOT_LOAD = 3
+EXIT_ENGINE_DIED = 4
+
+
+def main() -> None:
+    """Run one worker until SIGTERM, SIGINT, or the end of its engine."""
+    config = parse_config(WorkerConfig, "worker")
+    configure_logging("worker", config.log_level)
+    # Imported late: --help and bad flags need none of it.
+    from services.common.process import die_with_parent, run
+    from services.worker.lifetime import serve
+    from services.worker.replica import ReplicaFailedError
+
+    if config.parent_pid is not None:
+        die_with_parent(config.parent_pid)
+    try:
+        run(serve(config))
+    except ReplicaFailedError as error:
+        logger.error("event=worker_failed permanent=%s reason=%s", error.permanent, error.reason)
+        sys.exit(EXIT_CANNOT_LOAD if error.permanent else EXIT_ENGINE_DIED)

@@ -1,0 +1,158 @@
+"""Two ranks over gloo: the same tokens as one, and prompt ends."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from services.worker.engine.batch import PromptLogprobRequest, Runner, SlotAssignment, StepPlan
+from services.worker.engine.distributed.channel import RankLostError
+from services.worker.engine.distributed.plan_codec import decode_plan, encode_plan
+from services.worker.engine.messages import LogprobSpec, SamplingParams
+from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.fakes.engines import PAGE_SIZE, open_driver, open_runner
+from tests.fakes.step_driver import GREEDY, StepDriver
+
+PROMPT = [(7 * i * i + 3 * i) % VOCAB_SIZE for i in range(37)]
+SAMPLINGS = (
+    GREEDY,
+    SamplingParams(temperature=0.9, seed=3, top_p=0.9),
+    SamplingParams(temperature=0.7, seed=4, frequency_penalty=0.5, logit_bias=((3, 1.0),)),
+)
+LOGPROBS = LogprobSpec(output=True, num_top=2, prompt_start=1)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    # An odd vocabulary: the last rank's share of it is padded.
+    write_checkpoint(path, "Qwen2", vocab_size=VOCAB_SIZE + 1)
+    return path
+
+
+@pytest.fixture
+def pair(model_path: Path) -> Iterator[Runner]:
+    runner = open_runner(model_path, tp_size=2)
+    yield runner
+    runner.close()
+
+
+def other_rank() -> psutil.Process:
+    (process,) = [
+        child
+        for child in psutil.Process().children()
+        if any("runner.follower" in part for part in child.cmdline())
+    ]
+    return process
+
+
+def run(driver: StepDriver) -> tuple[list[list[int]], list[float]]:
+    """Tokens of some sequences together, and log-probabilities of one."""
+    sequences = [driver.start(PROMPT[i:], kind) for i, kind in enumerate(SAMPLINGS)]
+    tokens = driver.generate(sequences, 16, chunk=20)
+    request = PromptLogprobRequest(
+        row=0, start=1, stop=len(PROMPT), token_ids=PROMPT[1:], spec=LOGPROBS
+    )
+    sequence = driver.start(PROMPT, logprobs=LOGPROBS)
+    result = driver.step([(sequence, len(PROMPT))], [request])
+    return tokens, result.prompt_logprobs[0].logprobs + result.output_logprobs[0].top_logprobs
+
+
+def test_two_ranks_give_the_tokens_of_one(model_path: Path, pair: Runner) -> None:
+    tokens, logprobs = run(open_driver(model_path))
+    pair_tokens, pair_logprobs = run(StepDriver(pair, page_size=PAGE_SIZE))
+    assert pair_tokens == tokens
+    assert pair_logprobs == pytest.approx(logprobs, abs=1e-4)
+    process = other_rank()
+    pair.close()
+    assert not process.is_running()
+
+
+def test_a_killed_rank_is_an_error_at_the_next_step(pair: Runner) -> None:
+    driver = StepDriver(pair, page_size=PAGE_SIZE)
+    sequence = driver.start(PROMPT)
+    driver.generate([sequence], 2)
+    process = other_rank()
+    process.kill()
+    started = time.monotonic()
+    with pytest.raises(RankLostError):
+        driver.generate([sequence], 50)
+    assert time.monotonic() - started < 15
+
+
+def test_a_rank_that_fails_says_why(pair: Runner) -> None:
+    driver = StepDriver(pair, page_size=PAGE_SIZE)
+    # No such id: rank 0's embedding shard and the other's disagree about nothing, both mask it;
+    # no such slot: both fail.
+    sequence = driver.start(PROMPT)
+    sequence.slot = sequence.assignment.slot = 10_000
+    with pytest.raises((RankLostError, IndexError)):
+        driver.generate([sequence], 2)
+
+
+def test_a_rank_that_cannot_load_fails_the_start(model_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        open_runner(model_path, tp_size=3)
+    assert not [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "runner.follower" in str(child.cmdline())
+    ]
+
+
+def test_ranks_die_with_rank_0(model_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # Never returns to pytest, whatever happens.
+        try:
+            open_runner(model_path, tp_size=2)
+            os.write(write_end, str(other_rank().pid).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    child_pid = int(os.read(read_end, 32))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    psutil.wait_procs([psutil.Process(child_pid)] if psutil.pid_exists(child_pid) else [], 10)
+    assert not psutil.pid_exists(child_pid)
+
+
+def test_a_plan_survives_packing() -> None:
+    def ids(*values: int) -> np.ndarray:
+        return np.array(values, np.int32)
+
+    plan = StepPlan(
+        step_number=2**40,
+        slots=ids(3, 1),
+        num_tokens=ids(1, 2),
+        start_positions=ids(9, 0),
+        token_ids=ids(-1, 5, 6),
+        sample_rows=ids(0),
+        page_slots=ids(),
+        page_indices=ids(),
+        page_ids=ids(),
+        assignments=[
+            SlotAssignment(
+                slot=1,
+                sampling=SamplingParams(seed=2**64 - 1, logit_bias=((1, -2.5),)),
+                logprobs=LOGPROBS,
+                choice_index=2,
+                prompt_len=2,
+                token_ids=[5, 6],
+            )
+        ],
+        prompt_logprobs=[
+            PromptLogprobRequest(row=1, start=1, stop=2, token_ids=[6], spec=LOGPROBS)
+        ],
+    )
+    unpacked = decode_plan(encode_plan(plan))
+    for name in StepPlan.__slots__:
+        before, after = getattr(plan, name), getattr(unpacked, name)
+        assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after
