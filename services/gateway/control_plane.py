@@ -135,8 +135,8 @@ class ControlPlane:
         self, schedulers: Iterable[str], num_choices_on: Callable[[str], int] = lambda _: 0
     ) -> None:
         self.table = WorkerTable()
-        self._addresses = list(schedulers)
-        self._channels = [open_channel(address) for address in self._addresses]
+        self.addresses = tuple(schedulers)
+        self._channels = [open_channel(address) for address in self.addresses]
         self._stubs = [SchedulerServiceStub(channel) for channel in self._channels]
         # Index of the scheduler that answered last.
         self._preferred = 0
@@ -256,7 +256,7 @@ class ControlPlane:
             except (aio.AioRpcError, TimeoutError) as error:
                 status = error.code().name if isinstance(error, aio.AioRpcError) else "SILENT"
                 logger.debug(
-                    "event=watch_lost scheduler=%s status=%s", self._addresses[index], status
+                    "event=watch_lost scheduler=%s status=%s", self.addresses[index], status
                 )
             finally:
                 call.cancel()

@@ -179,7 +179,11 @@ def load_chat_template(
         return None
     if isinstance(found, str):
         return JinjaChatTemplate({"default": found}, special_tokens)
-    return JinjaChatTemplate({entry["name"]: entry["template"] for entry in found}, special_tokens)
+    try:
+        named = {entry["name"]: entry["template"] for entry in found}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"malformed chat_template in {tokenizer_path}") from error
+    return JinjaChatTemplate(named, special_tokens)
 
 
 def _load_override(override: str, special_tokens: Mapping[str, Any]) -> ChatTemplate:

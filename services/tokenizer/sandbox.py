@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -69,7 +69,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        __self._check_time(None)
+        __self._check_time(__context, None)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -82,7 +82,9 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
                         raise SecurityError("repetition too long")
         return super().call_binop(context, operator, left, right)
 
-    def _check_time(self, value: Any) -> Any:
+    @pass_context
+    def _check_time(self, context: Context, value: Any) -> Any:
+        """Takes a context so that Jinja does not fold it into a constant when compiling."""
         if time.monotonic() > self._thread.deadline:
             raise TemplateTimeoutError(f"took longer than {self._time_limit_s:g} s")
         return value

@@ -121,8 +121,7 @@ class TextSession:
         """Those of `token_ids` that are new; none for a handle that has ended."""
         stream = self._streams.get(handle)
         if stream is None:
-            if handle > self._last_opened:
-                raise PreconditionError(f"handle {handle} was never opened")
+            self._refuse_unopened(handle)
             return []
         if offset > stream.consumed:
             raise PreconditionError(
@@ -165,12 +164,16 @@ class TextSession:
     def _finish(self, handle: int) -> None:
         stream = self._streams.pop(handle, None)
         if stream is None:
-            if handle > self._last_opened:
-                raise PreconditionError(f"handle {handle} was never opened")
+            self._refuse_unopened(handle)
             return
         self._reply.add(handle, stream.flush(), stream)
         if stream.matched_stop is None:
             self._reply.ends.append(pb.TextEnd(handle=handle, finished=pb.TextEnd.Finished()))
+
+    def _refuse_unopened(self, handle: int) -> None:
+        """An error for a handle that this session does not know; none for one that has ended."""
+        if handle > self._last_opened:
+            self._reply.fail(handle, PreconditionError(f"handle {handle} was never opened"))
 
     def _fail(self, handle: int, error: RhizomeError) -> None:
         del self._streams[handle]
@@ -245,11 +248,15 @@ class _Reply:
 
 
 def skips_special_tokens(options: text_options_pb2.TextOptions) -> bool:
-    """Whether text leaves special tokens out; it does unless told otherwise."""
+    """Whether text leaves special tokens out; it does unless told otherwise.
+
+    The options' spaces_between_special_tokens changes nothing: no tokenizer.json tokenizer puts
+    spaces there.
+    """
     return not options.HasField("skip_special_tokens") or options.skip_special_tokens
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _stop_automaton(stops: tuple[str, ...]) -> StopAutomaton:
     return StopAutomaton(stops)
 

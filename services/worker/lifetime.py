@@ -14,7 +14,7 @@ from services.common.process import stop_event
 from services.worker.config import WorkerConfig
 from services.worker.engine_link import EngineProcess, engine_link
 from services.worker.replica import Replica, ReplicaFailedError, WorkerIdentity
-from services.worker.service import ServiceOptions, running_worker
+from services.worker.service import RunningWorker, ServiceOptions, running_worker
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +28,35 @@ async def serve(config: WorkerConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises ReplicaFailedError when the engine is gone."""
     stop = stop_event()
     options = service_options(config)
-    async with engine_link() as link, running_worker(options, link) as worker:
-        replica = worker.replica
+    async with engine_link() as link:
+        # Started before the server: gRPC's threads and a fork do not go well together.
         engine = await EngineProcess.start(link, config.engine_options(), config.log_level)
-        tasks: list[asyncio.Task[Any]] = [
-            asyncio.create_task(_watch(engine, replica)),
-            asyncio.create_task(stop.wait()),
-        ]
+        grace_s = 0.0
         try:
-            over: set[asyncio.Future[Any]] = {tasks[1], replica.failed}
-            await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
-            if not replica.failed.done():
-                await worker.drain(config.drain_timeout_s)
-            if replica.failed.done():
-                raise replica.failed.result()
+            async with running_worker(options, link) as worker:
+                watch = asyncio.create_task(_watch(engine, worker.replica))
+                try:
+                    await _until_over(worker, stop, config.drain_timeout_s)
+                finally:
+                    watch.cancel()
+                grace_s = _ENGINE_GRACE_S if worker.replica.ready is not None else 0.0
         finally:
-            for task in tasks:
-                task.cancel()
-            await worker.close_sessions(
-                "the engine failed" if replica.failed.done() else "the worker is stopping"
-            )
-            loaded = replica.ready is not None and not replica.failed.done()
-            await engine.stop(link, _ENGINE_GRACE_S if loaded else 0.0)
+            await engine.stop(link, grace_s)
     logger.info("event=stopped")
+
+
+async def _until_over(worker: RunningWorker, stop: asyncio.Event, drain_timeout_s: float) -> None:
+    """Wait for the order to stop and drain. Raises ReplicaFailedError."""
+    failed = worker.replica.failed
+    stopping = asyncio.create_task(stop.wait())
+    over: set[asyncio.Future[Any]] = {stopping, failed}
+    await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not failed.done():
+        await worker.drain(drain_timeout_s)
+    if failed.done():
+        await worker.close_sessions("the engine failed")
+        raise failed.result()
 
 
 def service_options(config: WorkerConfig) -> ServiceOptions:

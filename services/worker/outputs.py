@@ -178,6 +178,25 @@ class Delivery:
         columns = COLUMN_BYTES * len(self.handles) + ID_BYTES * len(self.token_ids)
         return columns + self.num_extra_bytes
 
+    def add_ids(self, log: OutputLog, token_ids: list[int]) -> None:
+        """New ids of one sequence."""
+        self.logs.append(log)
+        self.handles.append(log.handle)
+        self.offsets.append(log.next_offset)
+        self.counts.append(len(token_ids))
+        self.token_ids += token_ids
+        log.ids.extend(token_ids)
+
+    def add_one_each(self, logs: list[OutputLog], token_ids: list[int]) -> None:
+        """One new id of each sequence: a plain decode step, all of it for one sink."""
+        self.logs = logs
+        self.handles = [log.handle for log in logs]
+        self.offsets = [log.num_submitted + len(log.ids) for log in logs]
+        self.counts = [1] * len(logs)
+        self.token_ids = token_ids
+        for log, token_id in zip(logs, token_ids, strict=True):
+            log.ids.append(token_id)
+
     def to_frame(self, step_number: int) -> FrameBuilder:
         """All of it as one frame; the logs' unsent tails stay as they are."""
         frame = FrameBuilder(step_number)
@@ -277,27 +296,18 @@ class OutputRouter:
         return ended
 
     def _route_ids(self, step: StepOutput, deliveries: dict[Sink, Delivery]) -> None:
-        live, token_ids, position = self._live, step.token_ids, 0
-        sink: Sink | None = None
-        delivery = Delivery()
-        for key, count in zip(step.keys, step.num_tokens, strict=True):
-            log = live.get(key)
+        logs = list(map(self._live.get, step.keys))
+        known = [log for log in logs if log is not None]
+        sinks = {log.sink for log in known}
+        plain = len(known) == len(logs) == step.num_tokens.count(1)
+        if plain and len(sinks) == 1:
+            _of(deliveries, sinks.pop()).add_one_each(known, step.token_ids)
+            return
+        position = 0
+        for log, count in zip(logs, step.num_tokens, strict=True):
             if log is not None:
-                if log.sink is not sink:
-                    sink = log.sink
-                    delivery = _of(deliveries, sink)
-                delivery.logs.append(log)
-                delivery.handles.append(log.handle)
-                delivery.offsets.append(log.num_submitted + len(log.ids))
-                delivery.counts.append(count)
-                if count == 1:
-                    token_id = token_ids[position]
-                    log.ids.append(token_id)
-                    delivery.token_ids.append(token_id)
-                else:
-                    new = token_ids[position : position + count]
-                    log.ids.extend(new)
-                    delivery.token_ids.extend(new)
+                token_ids = step.token_ids[position : position + count]
+                _of(deliveries, log.sink).add_ids(log, token_ids)
             position += count
 
     def _route_ends(

@@ -31,6 +31,9 @@ from services.worker.reservations import ReservationBook
 
 logger = logging.getLogger(__name__)
 
+# Loading is logged when it is further by this much.
+_PROGRESS_STEP = 0.1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerIdentity:
@@ -81,6 +84,7 @@ class Replica:
         self._max_queued_requests = max_queued_requests
         self._limits: wire.Limits | None = None
         self._keys = count(1)
+        self._progress = LoadProgress(0.0, "")
         self._flush: asyncio.Future[int] | None = None
         self._watchers: set[asyncio.Event] = set()
         self._state_watchers: set[asyncio.Event] = set()
@@ -184,7 +188,7 @@ class Replica:
         if isinstance(output, StepOutput):
             self._handle_step(output)
         elif isinstance(output, LoadProgress):
-            logger.info("event=loading fraction=%.2f what=%s", output.fraction, output.what)
+            self._log_progress(output)
         elif isinstance(output, EngineReady):
             namespace = cache_namespace(self.identity.pool.model_revision)
             self._limits = wire.Limits.of(output, namespace)
@@ -193,6 +197,12 @@ class Replica:
             self.notify_state()
         elif isinstance(output, EngineFailed):
             self.fail(output.reason, output.permanent)
+
+    def _log_progress(self, progress: LoadProgress) -> None:
+        last = self._progress
+        if progress.what != last.what or progress.fraction - last.fraction >= _PROGRESS_STEP:
+            self._progress = progress
+            logger.info("event=loading fraction=%.2f what=%s", progress.fraction, progress.what)
 
     def _handle_step(self, step: StepOutput) -> None:
         self.step_number = max(self.step_number, step.step_number)

@@ -45,8 +45,8 @@ def main(packages: str, url: str) -> None:
     def choose(s, method):  # type: ignore[no-untyped-def]
         s += user("What is the capital of France?")
         s += assistant(
-            "The capital of France is "
-            + select("city", choices=["Oslo", "Paris", "Rome"], choices_method=method)
+            "The capital of France is"
+            + select("city", choices=[" Oslo", " Paris", " Rome"], choices_method=method)
         )
 
     @function
@@ -65,14 +65,14 @@ def main(packages: str, url: str) -> None:
 
     backend.flush_cache()
     state = conversation.run(name="Emma")
-    streamed = conversation.run(name="Emma", stream=True)
+    streamed = "".join(conversation.run(name="Emma", stream=True).text_iter())
     batch = conversation.run_batch([{"name": "Emma"}, {"name": "Emma"}], progress_bar=False)
     methods = (token_length_normalized, greedy_token_selection, unconditional_likelihood_normalized)
     print(
         json.dumps(
             {
                 "answer": state["answer"],
-                "streamed": "".join(streamed.text_iter("answer")),
+                "streamed": streamed,
                 "batch": [one["answer"] for one in batch],
                 "cities": [choose.run(method=method)["city"] for method in methods],
                 "replies": branches.run()["replies"],

@@ -72,7 +72,7 @@ def test_a_seed_reproduces_and_choices_differ(system: System) -> None:
             model="default",
             messages=[{"role": "user", "content": "Tell me something."}],
             temperature=2.0,
-            max_tokens=24,
+            max_tokens=96,
             seed=7,
             n=3,
             extra_body={"ignore_eos": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -29,10 +30,9 @@ def recipe() -> Iterator[ModuleType]:
     """The package beside the model that made it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        import recipe.corpus
-        import recipe.evaluation
-
-        yield recipe
+        importlib.import_module("recipe.corpus")
+        importlib.import_module("recipe.evaluation")
+        yield importlib.import_module("recipe")
     for name in [name for name in sys.modules if name.split(".")[0] == "recipe"]:
         del sys.modules[name]
 

@@ -229,6 +229,15 @@ def test_the_tool_use_template_serves_chats_with_tools(tmp_path: Path) -> None:
     assert loaded.render(Chat(messages=[USER], tools=[{}])) == "tools"
 
 
+@pytest.mark.parametrize(
+    "found", [[{"name": "default"}], [7], 7, [{"name": "tool_use", "template": "tools"}]]
+)
+def test_a_malformed_list_of_templates_is_an_error_when_loading(tmp_path: Path, found: Any) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+    with pytest.raises(ValueError, match="malformed chat_template|no template is named 'default'"):
+        load_chat_template(tmp_path, None, {})
+
+
 def test_the_template_file_goes_before_the_configuration(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, None, {}) is None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "config"}))

@@ -42,7 +42,7 @@ def stream(kind: str, portions: list[list[int]], skip: bool, context: list[int])
 
 
 @KINDS
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_every_split_gives_the_one_shot_text(kind: str, data: st.DataObject, skip: bool) -> None:
     ids = data.draw(ids_of(kind))
@@ -53,7 +53,7 @@ def test_every_split_gives_the_one_shot_text(kind: str, data: st.DataObject, ski
 
 
 @KINDS
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_emitted_text_is_never_taken_back_and_never_half_a_character(
     kind: str, data: st.DataObject
@@ -64,7 +64,7 @@ def test_emitted_text_is_never_taken_back_and_never_half_a_character(
 
 
 @KINDS
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_context_gives_what_the_output_adds_to_its_text(kind: str, data: st.DataObject) -> None:
     tokenizer = vocabularies.ALL[kind]()

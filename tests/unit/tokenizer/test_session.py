@@ -88,11 +88,21 @@ def test_a_reused_or_smaller_handle_fails_the_session(session: TextSession) -> N
         answer(session, pb.StreamTextRequest(opens=[opens(4)]))
 
 
-def test_a_handle_that_was_never_opened_fails_the_session(session: TextSession) -> None:
-    with pytest.raises(PreconditionError, match="never opened"):
-        answer(session, columns((1, 0, ids("q"))))
-    with pytest.raises(PreconditionError, match="never opened"):
-        answer(session, pb.StreamTextRequest(finishes=[1]))
+def test_a_handle_that_was_never_opened_is_an_error_of_that_handle(session: TextSession) -> None:
+    request = columns((1, 0, ids("q")), (9, 4, ids("q")))
+    request.opens.append(opens(1))
+    request.finishes.append(8)
+    response = answer(session, request)
+    assert texts(response) == {1: "q"}
+    assert [(end.handle, end.error.code) for end in response.ends] == [(9, 9), (8, 9)]
+    assert "never opened" in response.ends[0].error.message
+
+
+def test_many_handles_in_one_message_let_the_loop_work(session: TextSession) -> None:
+    answer(session, pb.StreamTextRequest(opens=[opens(handle) for handle in range(3000)]))
+    replies = list(session.answer(columns(*((handle, 0, ids("q")) for handle in range(3000)))))
+    assert replies[:2] == [None, None]
+    assert len(replies[-1].texts) == 3000
 
 
 def test_columns_that_do_not_fit_together_are_refused(session: TextSession) -> None:

@@ -67,7 +67,7 @@ def reference(kind: str, ids: list[int], stops: list[str]) -> tuple[int, str, st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), stops=STOPS, keep=st.booleans())
 def test_a_stop_string_ends_the_text_at_the_id_that_completes_it(
     kind: str, data: st.DataObject, stops: list[str], keep: bool
@@ -87,7 +87,7 @@ def test_a_stop_string_ends_the_text_at_the_id_that_completes_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), stops=st.one_of(st.just([]), STOPS))
 def test_a_stream_reopened_after_any_id_goes_on_byte_exactly(
     kind: str, data: st.DataObject, stops: list[str]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from services.worker.engine.options import EngineOptions
+from services.worker.engine.runner.build import build_runner
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.engines import open_driver, open_runner
 from tests.fakes.step_driver import StepDriver
@@ -87,9 +89,6 @@ def test_a_truncated_file_is_named(model_path: Path) -> None:
 
 
 def test_progress_rises_to_one(model_path: Path) -> None:
-    from services.worker.engine.options import EngineOptions
-    from services.worker.engine.runner.build import build_runner
-
     seen: list[float] = []
     options = EngineOptions(model_path=model_path, tokenizer_path=model_path, device="cpu")
     build_runner(options, lambda fraction, what: seen.append(fraction))
@@ -140,6 +139,7 @@ def test_a_configuration_that_is_not_supported_says_why(
         ({"dtype": "int8"}, "dtype must be"),
         ({"device": "tpu"}, "device must be"),
         ({"tp_size": 0}, "tp_size must be >= 1"),
+        ({"tp_size": 3}, "tp_size 3 does not divide the model's 4 attention heads"),
     ],
 )
 def test_options_that_cannot_work_say_why(

@@ -334,19 +334,14 @@ class BatchScheduler:
         known = table.num_known[slots] + 1
         table.num_known[slots] = known
         slot_list, id_list = slots.tolist(), ids.tolist()
-        token_ids, stop_ids, keys = table.token_ids, table.stop_ids, table.keys
+        token_ids, keys = table.token_ids, table.keys
         for slot, token_id in zip(slot_list, id_list, strict=True):
             token_ids[slot].append(token_id)
         self._outputs.add_tokens([keys[slot] for slot in slot_list], id_list)
         for index in np.flatnonzero((known - 1) % self._page_size == 0).tolist():
             self._running.store_generated(slot_list[index], int(known[index]) - 1)
-        stopped = [
-            (slot, token_id)
-            for slot, token_id in zip(slot_list, id_list, strict=True)
-            if token_id in stop_ids[slot]
-        ]
         exhausted = slots[known >= table.end_len[slots]].tolist()
-        for slot, token_id in stopped:
+        for slot, token_id in table.stopped(slot_list, id_list):
             self._finish(self._running.sequence_in(slot), "stop", token_id, now)
         for slot in exhausted:
             if (sequence := table.sequences[slot]) is not None:

@@ -38,6 +38,8 @@ class SlotTable:
         self.keys: list[int] = [0] * num_slots
         self.token_ids: list[list[int]] = [[] for _ in range(num_slots)]
         self.stop_ids: list[frozenset[int]] = [_NOBODY] * num_slots
+        # By id, the number of slots whose sequences it ends.
+        self._num_stopped_by: dict[int, int] = {}
         self._free = list(range(num_slots))
 
     @property
@@ -57,6 +59,8 @@ class SlotTable:
         self.keys[slot] = sequence.key
         self.token_ids[slot] = sequence.token_ids
         self.stop_ids[slot] = sequence.stop_ids
+        for token_id in sequence.stop_ids:
+            self._num_stopped_by[token_id] = self._num_stopped_by.get(token_id, 0) + 1
         return slot
 
     def release(self, sequence: Sequence) -> None:
@@ -71,7 +75,21 @@ class SlotTable:
         self.sequences[slot] = None
         self.token_ids[slot] = []
         self.stop_ids[slot] = _NOBODY
+        for token_id in sequence.stop_ids:
+            self._num_stopped_by[token_id] -= 1
+            if not self._num_stopped_by[token_id]:
+                del self._num_stopped_by[token_id]
         heapq.heappush(self._free, slot)
+
+    def stopped(self, slots: list[int], token_ids: list[int]) -> list[tuple[int, int]]:
+        """The slots, with their new ids, whose sequences these ids end."""
+        if self._num_stopped_by.keys().isdisjoint(token_ids):
+            return []
+        return [
+            (slot, token_id)
+            for slot, token_id in zip(slots, token_ids, strict=True)
+            if token_id in self.stop_ids[slot]
+        ]
 
     def start_decoding(self, slot: int) -> None:
         """All ids known at admission are scheduled: from now on its rows are single tokens."""

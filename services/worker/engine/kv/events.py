@@ -25,12 +25,12 @@ class CacheEventCollector:
 
     def store(self, parent_hash: int, prefix_hash: int) -> None:
         """A page came under the page that `parent_hash` names (ROOT_HASH for none)."""
-        num_pages = self._num_pages.get(prefix_hash, 0)
-        self._num_pages[prefix_hash] = num_pages + 1
-        if num_pages:
+        if prefix_hash in self._num_pages:
+            self._num_pages[prefix_hash] += 1
             return
+        self._num_pages[prefix_hash] = 1
         last = self._events[-1] if self._events else None
-        if isinstance(last, PagesStored) and last.prefix_hashes[-1] == parent_hash:
+        if type(last) is PagesStored and last.prefix_hashes[-1] == parent_hash:
             last.prefix_hashes.append(prefix_hash)
         else:
             self._events.append(PagesStored(parent_hash, [prefix_hash]))
@@ -43,7 +43,7 @@ class CacheEventCollector:
             return
         del self._num_pages[prefix_hash]
         last = self._events[-1] if self._events else None
-        if isinstance(last, PagesRemoved):
+        if type(last) is PagesRemoved:
             last.prefix_hashes.append(prefix_hash)
         else:
             self._events.append(PagesRemoved([prefix_hash]))

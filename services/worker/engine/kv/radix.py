@@ -158,7 +158,9 @@ class RadixTree:
         assert node.num_locks > 0, "a page is inserted under a locked one"
         child = node.children.get(key)
         if child is None:
-            child = self._add(node, key, page)
+            child = node.children[key] = Node(node, key, page, self._hash_of(node, key))
+            self._num_pages += 1
+            self._events.store(node.prefix_hash, child.prefix_hash)
         # What was the caller's lock on `node` is now the one that its locked child means.
         child.num_locks += 1
         if child.num_locks == 1:
@@ -232,13 +234,6 @@ class RadixTree:
         assert num_locked == self._num_locked, "a wrong number of locked pages"
         hashes = {node.prefix_hash for node in nodes}
         assert hashes == self._events.held_hashes, "pages were not announced as they are"
-
-    def _add(self, parent: Node, key: bytes, page: int) -> Node:
-        node = Node(parent, key, page, self._hash_of(parent, key))
-        parent.children[key] = node
-        self._num_pages += 1
-        self._events.store(parent.prefix_hash, node.prefix_hash)
-        return node
 
     def _remove(self, leaf: Node) -> Node:
         """Take a leaf out; returns its parent."""

@@ -15,7 +15,7 @@ from services.worker.engine.attention.backend import AttentionBackend, Attention
 from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
-from services.worker.engine.layers.parameters import Layer, Placement, shard_size
+from services.worker.engine.layers.parameters import Layer, Placement
 from services.worker.engine.layers.rotary import RotaryTable, rotate
 from services.worker.engine.models.config import ModelConfig
 
@@ -134,7 +134,6 @@ class Decoder:
     """One rank's shard of the model; parameters are uninitialised until loaded."""
 
     def __init__(self, config: ModelConfig, context_length: int, placement: Placement) -> None:
-        shard_size(config.num_heads, placement.group, "num_attention_heads")
         self.config = config
         self._embedding = VocabularyShard(
             "model.embed_tokens.weight", config.vocab_size, config.hidden_size, placement

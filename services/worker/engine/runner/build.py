@@ -20,6 +20,7 @@ from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.memory import pool_budget_bytes
 from services.worker.engine.runner.ranks import LeadingRunner, RankLoaded, RankProcesses
 from services.worker.engine.runner.setup import (
+    check_tp_size,
     decide_device,
     decide_plan,
     load_model,
@@ -43,8 +44,7 @@ def build_runner(options: EngineOptions, on_progress: OnProgress) -> tuple[Runne
     """
     config = load_model_config(options.model_path)
     device = decide_device(options)
-    if options.tp_size < 1:
-        raise ValueError(f"tp_size must be >= 1, got {options.tp_size}")
+    check_tp_size(options.tp_size, config)
     if options.tp_size == 1:
         runner, plan = _build_solo(options, config, device, on_progress)
     elif device.type == "cpu":

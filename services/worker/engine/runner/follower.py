@@ -51,16 +51,11 @@ def main() -> None:
 
 def _serve(channel: Channel, start: RankStart) -> None:
     torch.set_num_threads(start.num_threads)
-    group = GlooGroup(join_store(start.store_port, start.size), start.rank, start.size)
     options = start.options
+    config = load_model_config(options.model_path)
     device = decide_device(options)
-    model = load_model(
-        options,
-        load_model_config(options.model_path),
-        device=device,
-        group=group,
-        on_progress=lambda _: None,
-    )
+    group = GlooGroup(join_store(start.store_port, start.size), start.rank, start.size)
+    model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
     budget = pool_budget_bytes(device, options.mem_fraction_static, options.tp_size)
     channel.send(Kind.LOADED, msgspec.json.encode(RankLoaded(pool_budget_bytes=budget)))
     kind, payload = channel.receive()

@@ -54,6 +54,23 @@ def decide_context_length(options: EngineOptions, config: ModelConfig) -> int:
     return wanted
 
 
+def check_tp_size(tp_size: int, config: ModelConfig) -> None:
+    """Raises ValueError when the model cannot be divided among so many ranks."""
+    if tp_size < 1:
+        raise ValueError(f"tp_size must be >= 1, got {tp_size}")
+    for name, number in (
+        ("attention heads", config.num_heads),
+        ("intermediate features", config.intermediate_size),
+    ):
+        if number % tp_size:
+            raise ValueError(f"tp_size {tp_size} does not divide the model's {number} {name}")
+    # Where there are fewer heads than ranks, ranks hold copies.
+    if config.num_kv_heads % tp_size and tp_size % config.num_kv_heads:
+        raise ValueError(
+            f"tp_size {tp_size} and the model's {config.num_kv_heads} kv heads do not divide"
+        )
+
+
 def decide_plan(
     options: EngineOptions,
     config: ModelConfig,
