@@ -66,7 +66,7 @@ def parse_config(
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `extra` on top, for starting a child."""
-    return {**os.environ, **extra}  # noqa: TID251
+    return {**os.environ, **extra}
 
 
 def _is_required(field: Field[Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -74,38 +75,58 @@ class StatusInterceptor(aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        if handler.response_streaming:
-            inner_stream = handler.stream_stream or handler.unary_stream
+        inner = (
+            handler.stream_stream
+            or handler.unary_stream
+            or handler.stream_unary
+            or handler.unary_unary
+        )
+        # A whole request is parsed inside the error mapping: malformed bytes are the caller's.
+        deserialize = handler.request_deserializer
+        parse = _identity if handler.request_streaming else _parser(deserialize)
 
-            async def stream(request: Any, context: Any) -> None:
-                async with _abort_on_error(context, method):
-                    result = inner_stream(request, context)
-                    if hasattr(result, "__aiter__"):
-                        async for response in result:
-                            await context.write(response)
-                    else:
-                        await result
+        async def stream(request: Any, context: Any) -> None:
+            async with _abort_on_error(context, method):
+                result = inner(parse(request), context)
+                if hasattr(result, "__aiter__"):
+                    async for response in result:
+                        await context.write(response)
+                else:
+                    await result
 
-            factory = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            wrapped: Any = stream
-        else:
-            inner_unary = handler.stream_unary or handler.unary_unary
+        async def unary(request: Any, context: Any) -> Any:
+            async with _abort_on_error(context, method):
+                return await inner(parse(request), context)
 
-            async def unary(request: Any, context: Any) -> Any:
-                async with _abort_on_error(context, method):
-                    return await inner_unary(request, context)
+        factory = _FACTORIES[bool(handler.request_streaming), bool(handler.response_streaming)]
+        return factory(
+            stream if handler.response_streaming else unary,
+            deserialize if handler.request_streaming else None,
+            handler.response_serializer,
+        )
 
-            factory = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-            wrapped = unary
-        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+
+# By (request is a stream, response is a stream).
+_FACTORIES: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _identity(request: Any) -> Any:
+    return request
+
+
+def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequestError(f"the request does not parse: {error}") from error
+
+    return parse
 
 
 @contextlib.asynccontextmanager

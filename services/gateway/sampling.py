@@ -6,7 +6,6 @@ parameter in an error.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +135,7 @@ def check_range(
     """Raises InvalidRequestError unless `value` is absent or in [low, high] (or (low, high])."""
     if value is None:
         return
-    if math.isfinite(value) and low <= value <= high and not (above_low and value == low):
+    if low <= value <= high and not (above_low and value == low):
         return
     bracket = "(" if above_low else "["
     raise InvalidRequestError(
@@ -189,5 +188,6 @@ def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def _short(value: float) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)

@@ -19,6 +19,7 @@ _NUM_FEATURES = 6
 _MIN_OBSERVATIONS = 16
 # Relative to each feature's own weight; keeps features that never varied from taking part.
 _RIDGE = 1e-6
+_MAX_GAIN = 1e50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,7 @@ class CostModel:
         self._forgetting = forgetting
         self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
         self._targets = [0.0] * _NUM_FEATURES
+        self._gain = 1.0
         self._num_observations = 0
 
     def observe(self, work: StepWork) -> None:
@@ -50,19 +52,17 @@ class CostModel:
         present = [index for index, value in enumerate(features) if value]
         if not present:
             return
-        forgetting, weight = self._forgetting, 1.0 / work.step_ns
-        for row in self._products:
-            for index in range(_NUM_FEATURES):
-                row[index] *= forgetting
-        for index in range(_NUM_FEATURES):
-            self._targets[index] *= forgetting
-        scaled = [value * weight for value in features]
+        # Growing the new instead of shrinking the old comes to the same and touches less.
+        self._gain /= self._forgetting
+        scaled = [value / work.step_ns for value in features]
         for i in present:
-            row = self._products[i]
+            row, gained = self._products[i], self._gain * scaled[i]
             for j in present:
-                row[j] += scaled[i] * scaled[j]
-            self._targets[i] += scaled[i]
+                row[j] += gained * scaled[j]
+            self._targets[i] += gained
         self._num_observations += 1
+        if self._gain > _MAX_GAIN:
+            self._rescale()
 
     def coefficients(self) -> CostCoefficients | None:
         """The fit; None until enough steps were seen."""
@@ -77,6 +77,11 @@ class CostModel:
             decode_sequence_ns=solved[4],
             decode_context_ns=solved[5],
         )
+
+    def _rescale(self) -> None:
+        self._products = [[value / self._gain for value in row] for row in self._products]
+        self._targets = [value / self._gain for value in self._targets]
+        self._gain = 1.0
 
 
 def _features(work: StepWork) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ def running_system(*flags: str) -> Iterator[System]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # noqa: TID251
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log: list[str] = []
     ready = threading.Event()

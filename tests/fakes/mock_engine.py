@@ -17,7 +17,12 @@ from xxhash import xxh3_64_intdigest
 
 from rhizome.common.v1 import finish_reason_pb2
 from rhizome.worker.v1 import worker_service_pb2 as pb
-from services.common.errors import InvalidRequestError, RhizomeError
+from services.common.errors import (
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    RhizomeError,
+)
 from services.common.prefix_hash import prefix_hashes
 from tests.fakes.mock_cache import MockCache
 
@@ -89,7 +94,9 @@ class MockSequence:
         self.reader = reader
         self.prompt_len = submit.prompt_len
         self.num_ids = submit.num_token_ids
-        self.first_output = self.num_output = self.num_sent = self.num_ids - self.prompt_len
+        # Output ids it came with, has now, and has sent.
+        self.first_output = max(0, self.num_ids - self.prompt_len)
+        self.num_output = self.num_sent = self.first_output
         # Kept only where prompt log-probabilities are wanted.
         self.prompt_ids: list[int] = []
         # Next position whose log-probability is to be sent; None sends no more.
@@ -212,8 +219,7 @@ class MockEngine:
             seq.fails_at = (seq.num_output + seq.end + 1) // 2
         if submit.HasField("remaining"):
             seq.deadline = asyncio.get_running_loop().call_later(
-                submit.remaining.ToTimedelta().total_seconds(),
-                *(self.fail, seq, 4, "the sequence's time passed"),
+                submit.remaining.ToTimedelta().total_seconds(), self._expire, seq
             )
         self._waiting.append(seq)
         self._count_reservation(submit.reservation_id, 1)
@@ -261,12 +267,15 @@ class MockEngine:
                 ended.append(seq)
         for seq in ended:
             if seq.num_output == seq.fails_at:
-                self.fail(seq, 13, "injected fault")
+                self.fail(seq, InternalError().code, "injected fault")
             else:
                 self._finish(seq, seq.end_reason)
         for reader in readers:
             reader.wake()
         self._on_tokens(self.num_output_tokens)
+
+    def _expire(self, seq: MockSequence) -> None:
+        self.fail(seq, DeadlineError().code, "the sequence's time passed")
 
     def _admit(self) -> None:
         now = time.monotonic_ns()
@@ -293,7 +302,7 @@ class MockEngine:
         self._prefill_free_ns = seq.ready_ns
         seq.reader.wake()
 
-    def _finish(self, seq: MockSequence, reason: finish_reason_pb2.FinishReason) -> None:
+    def _finish(self, seq: MockSequence, reason: finish_reason_pb2.FinishReason.ValueType) -> None:
         now = time.monotonic_ns()
         start = seq.start_ns or now
         first = seq.first_token_ns or now

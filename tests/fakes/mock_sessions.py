@@ -17,7 +17,7 @@ from services.common.errors import (
     SessionBrokenError,
 )
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION
-from tests.fakes.mock_engine import MockEngine, MockSequence, handle_error
+from tests.fakes.mock_engine import CANCELLED, MockEngine, MockSequence, handle_error
 from tests.fakes.mock_logprobs import bytes_a_position, first_position, logprob_block
 
 # Room of one frame, and what its parts take at most.
@@ -189,7 +189,7 @@ class MockSession:
             return False
         if seq.finish is not None:
             frame.finishes.append(seq.finish)
-        else:
+        elif seq.error is not None:
             frame.errors.append(seq.error)
         seq.terminal_due = False
         return True
@@ -227,14 +227,17 @@ class MockSession:
         self.wake()
 
     def _cancel(self, handle: int) -> None:
-        if handle in self._partials:
-            submit, ids = self._partials.pop(handle)
-            num_output = max(0, submit.num_token_ids - submit.prompt_len)
-            seq = MockSequence(submit, handle, self)
-            seq.num_sent = seq.num_output = num_output
-            self._sequences[handle] = self._active[handle] = seq
         if handle in self._sequences:
             self._engine.cancel(self._sequences[handle])
+        elif handle in self._partials:
+            submit, _ = self._partials.pop(handle)
+            seq = MockSequence(submit, handle, self)
+            seq.finish = pb.SequenceFinish(
+                handle=handle, reason=CANCELLED, num_output_tokens=seq.num_output
+            )
+            seq.terminal_due = True
+            self._sequences[handle] = self._active[handle] = seq
+            self.wake()
 
     def _close(self, handle: int) -> None:
         self._partials.pop(handle, None)
@@ -247,7 +250,11 @@ class MockSession:
 
 
 class MockSessions:
-    """All sessions by (gateway, session id); one without a call lives for `hold_s` more."""
+    """All sessions by (gateway, session id).
+
+    One without a call lives for `hold_s` more; one whose reader made no progress for `stall_s`
+    ends at once.
+    """
 
     def __init__(
         self,
@@ -309,7 +316,8 @@ class MockSessions:
         if session.call is not call:
             return
         session.detach()
-        hold_s = 0.0 if call.failed.done() and not session_resumable(call) else self._hold_s
+        stalled = call.failed.done() and isinstance(call.failed.result(), OverloadedError)
+        hold_s = 0.0 if stalled else self._hold_s
         session.expiry = asyncio.get_running_loop().call_later(hold_s, self._expire, session)
 
     def drop_connections(self, error: RhizomeError) -> None:
@@ -342,11 +350,6 @@ class MockSessions:
         self._sessions = {
             name: other for name, other in self._sessions.items() if other is not session
         }
-
-
-def session_resumable(call: Call) -> bool:
-    """A reader without progress loses its sequences at once."""
-    return not isinstance(call.failed.result(), OverloadedError)
 
 
 def _admission(seq: MockSequence) -> pb.Admission:

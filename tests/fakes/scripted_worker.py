@@ -93,7 +93,7 @@ class ScriptedWorker(WorkerServiceServicer):
         self.break_at: int | None = None
         self.forget_on_break = False
         self.paused = False
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._broken = asyncio.Event()
 
     @property
     def num_live(self) -> int:
@@ -103,19 +103,10 @@ class ScriptedWorker(WorkerServiceServicer):
     def break_streams(self) -> None:
         if self.forget_on_break:
             self.sessions.clear()
-        for task in list(self._calls):
-            task.cancel()
+        self._broken.set()
+        self._broken = asyncio.Event()
 
     async def Connect(self, request_iterator: Any, context: aio.ServicerContext[Any, Any]) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        try:
-            await self._connect(context)
-        finally:
-            self._calls.discard(task)
-
-    async def _connect(self, context: aio.ServicerContext[Any, Any]) -> None:
         first = await context.read()
         opened = first.open
         if opened.epoch not in (0, self.epoch):
@@ -143,13 +134,24 @@ class ScriptedWorker(WorkerServiceServicer):
             )
         )
         self._take(session, first)
-        stepper = asyncio.create_task(self._step_for_ever(session, context))
+        tasks = [
+            asyncio.create_task(self._step_for_ever(session, context)),
+            asyncio.create_task(self._read_for_ever(session, context)),
+            asyncio.create_task(self._broken.wait()),
+        ]
         try:
-            while (request := await context.read()) is not aio.EOF:
-                self._take(session, request)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            stepper.cancel()
-            await asyncio.gather(stepper, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream broke")
+
+    async def _read_for_ever(
+        self, session: Session, context: aio.ServicerContext[Any, Any]
+    ) -> None:
+        while (request := await context.read()) is not aio.EOF:
+            self._take(session, request)
 
     def _take(self, session: Session, request: pb.ConnectRequest) -> None:
         for submit in request.submits:

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fault_scale() -> float:
-    return float(os.environ.get("FAULT_SCALE", "1"))  # noqa: TID251
+    return float(os.environ.get("FAULT_SCALE", "1"))

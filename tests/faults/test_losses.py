@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Barrier
 
 import psutil
@@ -17,6 +18,14 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 NUM_TOKENS = 200
 
 
+@dataclass(slots=True)
+class Streamed:
+    """What one stream brought."""
+
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+
+
 @pytest.fixture(scope="module")
 def pair() -> Iterator[System]:
     """A system with two workers."""
@@ -24,9 +33,9 @@ def pair() -> Iterator[System]:
         yield system
 
 
-def stream_ids(system: System, index: int, started: Callable[[], None]) -> tuple[str, int]:
-    """Text and number of chunks of one long stream; calls `started` after its fifth chunk."""
-    stream = system.openai.chat.completions.create(
+def stream(system: System, index: int, started: Callable[[], object]) -> Streamed:
+    """One long stream; calls `started` after its fifth chunk."""
+    chunks = system.openai.chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": f"What is {index} plus {index}?"}],
         max_tokens=NUM_TOKENS,
@@ -39,28 +48,32 @@ def stream_ids(system: System, index: int, started: Callable[[], None]) -> tuple
         logprobs=True,
         extra_body={"ignore_eos": True, "repetition_penalty": 1.05, "min_tokens": 100},
     )
-    text, num_chunks = [], 0
-    for chunk in stream:
-        if not chunk.choices:
-            continue
-        num_chunks += 1
-        if num_chunks == 5:
+    streamed = Streamed()
+    for number, chunk in enumerate(chunks):
+        if number == 5:
             started()
-        text.append(chunk.choices[0].delta.content or "")
-        logprobs = chunk.choices[0].logprobs
-        text.extend(f"[{entry.logprob:.3f}]" for entry in (logprobs and logprobs.content) or ())
-    return "".join(text), num_chunks
+        for choice in chunk.choices:
+            streamed.text += choice.delta.content or ""
+            if choice.logprobs is not None:
+                streamed.logprobs += [entry.logprob for entry in choice.logprobs.content or ()]
+    return streamed
 
 
-def run_streams(system: System, number: int, fault: Callable[[], None]) -> list[str]:
-    """All streams' texts; `fault` happens once, when every stream is under way."""
+def run_streams(system: System, number: int, fault: Callable[[], object]) -> list[Streamed]:
+    """All streams to their ends; `fault` happens once, when every stream is under way."""
     under_way = Barrier(number, action=fault)
     with ThreadPoolExecutor(number) as pool:
-        streams = [
-            pool.submit(stream_ids, system, index, lambda: under_way.wait(60) and None)
-            for index in range(number)
-        ]
-        return [stream.result()[0] for stream in streams]
+        return list(
+            pool.map(lambda index: stream(system, index, lambda: under_way.wait(60)), range(number))
+        )
+
+
+def assert_same(disturbed: list[Streamed], undisturbed: list[Streamed]) -> None:
+    """Equal text, and as many equal log-probabilities as tokens."""
+    for one, other in zip(disturbed, undisturbed, strict=True):
+        assert one.text == other.text
+        assert len(one.logprobs) == NUM_TOKENS
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
 @pytest.fixture
@@ -69,7 +82,7 @@ def num_streams(fault_scale: float) -> int:
 
 
 @pytest.fixture
-def undisturbed(pair: System, num_streams: int) -> list[str]:
+def undisturbed(pair: System, num_streams: int) -> list[Streamed]:
     return run_streams(pair, num_streams, lambda: None)
 
 
@@ -78,34 +91,34 @@ def worker(system: System, index: int) -> psutil.Process:
 
 
 def test_a_killed_worker_costs_a_pause_only(
-    pair: System, num_streams: int, undisturbed: list[str]
+    pair: System, num_streams: int, undisturbed: list[Streamed]
 ) -> None:
-    assert run_streams(pair, num_streams, lambda: worker(pair, 0).kill()) == undisturbed
+    assert_same(run_streams(pair, num_streams, lambda: worker(pair, 0).kill()), undisturbed)
 
 
 def test_a_killed_engine_costs_a_pause_only(
-    pair: System, num_streams: int, undisturbed: list[str]
+    pair: System, num_streams: int, undisturbed: list[Streamed]
 ) -> None:
     def kill() -> None:
         engine_process(worker(pair, 1)).kill()
 
-    assert run_streams(pair, num_streams, kill) == undisturbed
+    assert_same(run_streams(pair, num_streams, kill), undisturbed)
 
 
 @pytest.mark.parametrize("module", ["services.scheduler", "services.cache_index"])
 def test_a_killed_control_plane_service_is_not_noticed(
-    pair: System, num_streams: int, undisturbed: list[str], module: str
+    pair: System, num_streams: int, undisturbed: list[Streamed], module: str
 ) -> None:
     def kill() -> None:
         service_process(pair.process.pid, module).kill()
 
-    assert run_streams(pair, num_streams, kill) == undisturbed
+    assert_same(run_streams(pair, num_streams, kill), undisturbed)
 
 
 def test_a_killed_tokenizer_costs_a_pause_only(
-    pair: System, num_streams: int, undisturbed: list[str]
+    pair: System, num_streams: int, undisturbed: list[Streamed]
 ) -> None:
     def kill() -> None:
         service_process(pair.process.pid, "services.tokenizer").kill()
 
-    assert run_streams(pair, num_streams, kill) == undisturbed
+    assert_same(run_streams(pair, num_streams, kill), undisturbed)

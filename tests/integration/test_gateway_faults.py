@@ -46,7 +46,7 @@ def text_of(body: str) -> str:
 
 
 async def chat(stack: GatewayStack, **members: Any) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=stack.url, timeout=30) as http:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=30, verify=False) as http:
         return await http.post("/v1/chat/completions", json={**CHAT, **members})
 
 
@@ -123,10 +123,10 @@ async def test_a_full_worker_is_a_429_when_there_is_no_other() -> None:
 
 async def test_a_disconnect_cancels_the_sequences() -> None:
     async with gateway_stack(step_s=0.02) as stack:
-        for members in ({"stream": True, "n": 2}, {"stream": False, "n": 2}):
-            worker = stack.workers[0]
+        worker = stack.workers[0]
+        for stream in (True, False):
             worker.num_cancels = 0
-            task = asyncio.create_task(chat(stack, ignore_eos=True, **members))
+            task = asyncio.create_task(chat(stack, ignore_eos=True, n=2, stream=stream))
             await until(lambda: worker.num_live == 2)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

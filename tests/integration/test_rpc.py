@@ -95,6 +95,13 @@ async def test_an_unknown_error_is_internal_without_its_text(
     assert "secret detail" in caplog.text
 
 
+async def test_a_malformed_message_is_the_callers_fault(channel: aio.Channel) -> None:
+    call = channel.unary_unary(f"/{SERVICE.full_name}/ListModels")
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call(b"\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_cancelled_call_runs_the_servicers_finally(
     channel: aio.Channel, servicer: Servicer
 ) -> None:
