@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -73,7 +74,7 @@ def _solve(name: str, long: dict[str, Any], short: dict[str, Any]) -> dict[str, 
     """Cost of a token and of a request from two runs with different shares of each."""
     tokens = (long["tokens"], short["tokens"])
     requests = (long["requests"], short["requests"])
-    cpu = (long["cpu_s"][name], short["cpu_s"][name])
+    cpu = [run["user_s"][name] + run["system_s"][name] for run in (long, short)]
     determinant = tokens[0] * requests[1] - tokens[1] * requests[0]
     per_token = (cpu[0] * requests[1] - cpu[1] * requests[0]) / determinant
     per_request = (tokens[0] * cpu[1] - tokens[1] * cpu[0]) / determinant
@@ -86,15 +87,12 @@ def _run(
     command = [sys.executable, "-m", "bench.gateway_stream", "--client-port", str(port)]
     command += ["--streams", str(args.streams), "--tokens", str(tokens)]
     command += ["--seconds", str(args.seconds)]
-    before = {name: _cpu_s(processes[name]) for name in _MEASURED}
+    before = {name: processes[name].cpu_times() for name in _MEASURED}
     output = subprocess.run(command, cwd=_ROOT, capture_output=True, check=True, timeout=300)
-    cpu = {name: round(_cpu_s(processes[name]) - before[name], 3) for name in _MEASURED}
-    return {**json.loads(output.stdout), "cpu_s": cpu}
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    after = {name: processes[name].cpu_times() for name in _MEASURED}
+    user = {name: round(after[name].user - before[name].user, 3) for name in _MEASURED}
+    system = {name: round(after[name].system - before[name].system, 3) for name in _MEASURED}
+    return {**json.loads(output.stdout), "user_s": user, "system_s": system}
 
 
 @contextlib.contextmanager
@@ -126,7 +124,10 @@ def _system(
             log = stack.enter_context(open(f"{directory}/{name}.log", "wb"))
             wrapper = args.gateway_wrapper if name == "gateway" else []
             started[name] = subprocess.Popen(
-                [*(wrapper or [sys.executable]), "-m", module, *flags],
+                [
+                    *(wrapper or [sys.executable]),
+                    *("-m", module, *flags, "--parent-pid", str(os.getpid())),
+                ],
                 cwd=_ROOT,
                 stdout=log,
                 stderr=log,
@@ -179,8 +180,7 @@ class _Stream(asyncio.Protocol):
         self._stop_at = stop_at
         self._tail = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         transport.write(self._request)
 

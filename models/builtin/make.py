@@ -58,6 +58,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> float:
     model, tokenizer = evaluation.load(folder, getattr(torch, args.dtype))
     if args.device not in ("auto", "cpu"):
         model = model.to(args.device)
+    torch.set_num_threads(args.threads)
     started = time.monotonic()
     outcomes = evaluation.ask(model, tokenizer, corpus.held_back(args.held_seed))
     share = evaluation.report(outcomes)
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=-1, help="text makers; -1: by the machine")
     parser.add_argument("--seed", type=int, default=training.Settings.seed)
     parser.add_argument("--held-seed", type=int, default=corpus.HELD_SEED)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads to evaluate with")
     parser.add_argument("--dtype", default="float32", help="to evaluate in")
     args = parser.parse_args()
     if args.what in ("all", "tokenizer"):

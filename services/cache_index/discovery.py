@@ -39,6 +39,7 @@ class Discovery:
         self._index = index
         self._schedulers = tuple(schedulers)
         self._linger_s = linger_s
+        self._turns = asyncio.Lock()
         self._tables: dict[str, frozenset[WorkerKey]] = {}
         self._tasks: dict[WorkerKey, asyncio.Task[None]] = {}
         self._stopping: set[asyncio.Task[None]] = set()
@@ -60,7 +61,7 @@ class Discovery:
         self._tables[scheduler] = frozenset(workers)
         known = self._known
         for worker_id, address in known - self._tasks.keys():
-            follower = Follower(self._index, worker_id, address)
+            follower = Follower(self._index, worker_id, address, self._turns)
             self.followers[worker_id, address] = follower
             self._tasks[worker_id, address] = asyncio.create_task(follower.run())
             logger.info("event=follow worker=%s address=%s", worker_id, address)

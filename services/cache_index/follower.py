@@ -19,8 +19,8 @@ from services.common.rpc import open_channel
 
 logger = logging.getLogger(__name__)
 
-# Pages applied before the event loop may answer a match: about 2 ms.
-_SLICE_PAGES = 2048
+# Pages applied before the event loop may answer a match: about half a millisecond.
+_SLICE_PAGES = 512
 
 # A tier this release does not know is the farthest one.
 _TIERS: dict[int, int] = {
@@ -41,7 +41,9 @@ class Follower:
 
     Owns the worker's holders in the index. While a snapshot is taken again, the pages known
     before go on answering until the new ones are complete; a first snapshot answers as it
-    arrives. `sequence_number` is the last event applied to the holder.
+    arrives. `sequence_number` is the last event applied to the holder. `turns` is shared by all
+    followers: whoever has applied a slice of pages goes on in its turn, one slice in a pass of
+    the event loop, so that matches stay quick while many snapshots load.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Follower:
         index: PrefixIndex,
         worker_id: str,
         address: str,
+        turns: asyncio.Lock,
         *,
         first_delay_s: float = 0.1,
         max_delay_s: float = 1.0,
@@ -60,6 +63,7 @@ class Follower:
         self.lag_ns = 0
         self.num_resyncs = 0
         self._index = index
+        self._turns = turns
         self._first_delay_s = first_delay_s
         self._max_delay_s = max_delay_s
         # The complete holding, and the one whose snapshot is arriving.
@@ -86,23 +90,24 @@ class Follower:
             async with open_channel(self.address) as channel:
                 stub = WorkerServiceStub(channel)
                 while True:
+                    await channel.channel_ready()
                     try:
                         await self._follow(stub)
                     except grpc.aio.AioRpcError as error:
                         self._on_broken_stream(error)
                     except LostPlaceError as error:
                         logger.warning("event=lost_place worker=%s %s", self.worker_id, error)
-                        self._drop_holders(keep_answering=True)
+                        self._can_resume = False
                     except Exception:
                         logger.exception("event=follower_failed worker=%s", self.worker_id)
-                        self._drop_holders(keep_answering=False)
+                        self._drop_holder()
                     if self.state == index_pb.FOLLOWER_STATE_LIVE:
                         delay_s = self._first_delay_s
                     self.state = index_pb.FOLLOWER_STATE_CONNECTING
                     await asyncio.sleep(delay_s)
                     delay_s = min(2 * delay_s, self._max_delay_s)
         finally:
-            self._drop_holders(keep_answering=False)
+            self._drop_holder()
 
     async def _follow(self, stub: Any) -> None:
         """Apply one stream until it ends."""
@@ -112,6 +117,7 @@ class Follower:
             request = worker_pb.WatchCacheEventsRequest(
                 after_sequence_number=self.sequence_number, epoch=self._holder.epoch
             )
+            self.state = index_pb.FOLLOWER_STATE_LIVE
         else:
             self.num_resyncs += self._num_snapshots > 0
             self._num_snapshots += 1
@@ -125,11 +131,14 @@ class Follower:
                     await self._apply_batch(response.epoch, response.events)
         finally:
             call.cancel()
+            if self._loading is not None:
+                self._index.retire(self._loading)
+                self._loading = None
 
     async def _apply_chunk(self, epoch: int, chunk: worker_pb.CacheSnapshotChunk) -> None:
         if self._loading is None:
             if self._holder is not None and self._holder.epoch != epoch:
-                self._drop_holders(keep_answering=False)
+                self._drop_holder()
             self._loading = self._index.add_holder(
                 self.worker_id, epoch, visible=self._holder is None
             )
@@ -140,10 +149,10 @@ class Follower:
             self._store_pages(
                 self._loading, hashes[start:end], parents[start:end], tiers[start:end]
             )
-            await asyncio.sleep(0)
+            await self._give_way(_SLICE_PAGES)
         if chunk.last:
             loaded, self._loading = self._loading, None
-            self._drop_holders(keep_answering=False)
+            self._drop_holder()
             self._index.show(loaded)
             self._holder, self._can_resume = loaded, True
             self.sequence_number = chunk.sequence_number
@@ -179,7 +188,6 @@ class Follower:
             raise LostPlaceError(
                 f"reason=gap after={self.sequence_number} first={batch.first_sequence_number}"
             )
-        self.state = index_pb.FOLLOWER_STATE_LIVE
         for event in batch.events[skip:]:
             await self._apply_event(event)
             self.sequence_number += 1
@@ -214,30 +222,23 @@ class Follower:
             await self._give_way(len(run))
 
     async def _give_way(self, num_pages: int) -> None:
-        """Let matches be answered after each slice of pages."""
+        """After each slice of pages, let matches be answered and other followers go on."""
         self._slice_left -= num_pages
         if self._slice_left <= 0:
             self._slice_left = _SLICE_PAGES
-            await asyncio.sleep(0)
+            async with self._turns:
+                await asyncio.sleep(0)
 
     def _on_broken_stream(self, error: grpc.aio.AioRpcError) -> None:
-        if self.state != index_pb.FOLLOWER_STATE_CONNECTING:
-            logger.info(
-                "event=stream_broken worker=%s status=%s detail=%r",
-                *(self.worker_id, error.code().name, error.details()),
-            )
+        logger.info(
+            "event=stream_broken worker=%s status=%s detail=%r",
+            *(self.worker_id, error.code().name, error.details()),
+        )
         if error.code() in _TAKE_A_SNAPSHOT:
-            self._drop_holders(keep_answering=True)
-        elif self._loading is not None:
-            self._index.retire(self._loading)
-            self._loading = None
+            self._can_resume = False
 
-    def _drop_holders(self, *, keep_answering: bool) -> None:
-        """Give up the place in the stream and what was loading; the rest unless it may answer."""
+    def _drop_holder(self) -> None:
         self._can_resume = False
-        if self._loading is not None:
-            self._index.retire(self._loading)
-            self._loading = None
-        if self._holder is not None and not keep_answering:
+        if self._holder is not None:
             self._index.retire(self._holder)
             self._holder = None

@@ -263,13 +263,28 @@ class PrefixIndex:
             else:
                 middle = (low + high) >> 1
                 known.append((middle, self._bits(chain[middle]) & low_bits))
-        while low_bits:
-            low += 1
-            bits = self._bits(chain[low]) & low_bits if low < length else 0
-            if bits != low_bits:
-                drops.append((low, low_bits & ~bits))
-                low_bits = bits
+        if low_bits:
+            self._walk(chain, low, low_bits, drops)
         return drops
+
+    def _walk(
+        self, chain: Sequence[int], low: int, low_bits: int, drops: list[tuple[int, int]]
+    ) -> None:
+        """Append the drops beyond page `low`, looking at each page."""
+        shards = self._values
+        last_value = -1
+        for depth in range(low + 1, len(chain)):
+            page = chain[depth]
+            value = shards[page & _SHARD].get(page, 0)
+            if value != last_value:
+                last_value = value
+                bits = self._bits(page) & low_bits
+                if bits != low_bits:
+                    drops.append((depth, low_bits & ~bits))
+                    low_bits = bits
+                    if not bits:
+                        return
+        drops.append((len(chain), low_bits))
 
     def _bits(self, page: int) -> int:
         """Bits of visible holders of a page; with lower tiers, each also sets those below it."""

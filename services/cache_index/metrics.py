@@ -56,16 +56,16 @@ class IndexCollector(Collector):
 
 
 @contextlib.contextmanager
-def metrics_server(port: int | None, collector: Collector) -> Iterator[None]:
-    """Serve `/metrics` on `port` until the block ends; nothing without a port."""
+def metrics_server(port: int | None, collector: Collector) -> Iterator[int | None]:
+    """Serve `/metrics` until the block ends, on the port it yields; nothing without a port."""
     if port is None:
-        yield
+        yield None
         return
     registry = CollectorRegistry()
     registry.register(collector)
     server, thread = start_http_server(port, registry=registry)
     try:
-        yield
+        yield server.server_port
     finally:
         server.shutdown()
         server.server_close()

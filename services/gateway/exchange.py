@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from services.gateway.http_errors import HttpError, error_reply
-from services.gateway.http_server import BODY_WRITER_EXTENSION, BodyWriter
+from services.gateway.http_server import BODY_WRITER_EXTENSION, BodyWriter, chunk
 from services.gateway.metrics import GatewayMetrics
 
 Scope = MutableMapping[str, Any]
@@ -36,6 +36,7 @@ class Exchange:
         self.scope = scope
         self.arrival_s = time.monotonic()
         self.status = 0
+        self._ended = False
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
@@ -110,11 +111,20 @@ class Exchange:
         """Await `work`; the client's disconnect cancels it and raises ClientGoneError."""
         task = asyncio.create_task(work)
         watch = asyncio.create_task(self._disconnected())
-        watch.add_done_callback(lambda _: task.cancel())
+        gone = False
+
+        def client_gone(_: object) -> None:
+            nonlocal gone
+            # The end of a response looks like a disconnect too.
+            gone = not self._ended and not task.done()
+            if gone:
+                task.cancel()
+
+        watch.add_done_callback(client_gone)
         try:
             return await task
         except asyncio.CancelledError:
-            if watch.done() and not watch.cancelled():
+            if gone:
                 raise ClientGoneError from None
             raise
         finally:
@@ -139,6 +149,7 @@ class Exchange:
         return writer
 
     async def end_events(self) -> None:
+        self._ended = True
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _disconnected(self) -> None:
@@ -208,35 +219,42 @@ class EventStream:
         self._metrics = metrics
         self._early: list[bytes] = []
         self._writer: BodyWriter | None = None
+        self._send: Callable[[bytes], None] | None = None
 
     async def open(self) -> None:
         self._writer = await self._exchange.start_events()
+        self._writer.limit(self._max_buffered_bytes, self._exceeded)
+        self._send = self._writer.send
         if self._early:
-            self._writer.write(b"".join(self._early))
+            self._send(chunk(b"".join(self._early)))
             self._early.clear()
 
     def write(self, event: bytes) -> None:
         """Send one event or comment, its blank line included. Never waits."""
         self.silent = False
-        writer = self._writer
-        if writer is None:
+        if self._send is None:
             self._early.append(event)
-            return
-        writer.write(event)
-        if writer.buffered_bytes > self._max_buffered_bytes and self.overflowed is not None:
-            self._metrics.slow_readers.inc()
-            self.overflowed()
-            self.overflowed = None
-            writer.abort()
+        else:
+            self._send(b"%x\r\n%b\r\n" % (len(event), event))
 
     def keep_alive(self) -> None:
         """Send a comment unless something was sent since the last call."""
-        if self.silent and self._writer is not None:
-            self._writer.write(b": keep-alive\n\n")
+        if self.silent and self._send is not None:
+            self._send(chunk(b": keep-alive\n\n"))
         self.silent = True
 
     async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.unlimit()
         await self._exchange.end_events()
+
+    def _exceeded(self) -> None:
+        if self.overflowed is None or self._writer is None:
+            return
+        self._metrics.slow_readers.inc()
+        self.overflowed()
+        self.overflowed = None
+        self._writer.abort()
 
 
 class KeepAlive:

@@ -26,26 +26,35 @@ class BodyWriter:
     the last `http.response.body`, which stay with `send`.
     """
 
-    __slots__ = ("_transport",)
+    __slots__ = ("_protocol", "_transport", "send")
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: _Protocol) -> None:
         self._transport = transport
+        self._protocol = protocol
+        # Takes what `chunk` made; nothing happens once the client is gone.
+        self.send = transport.write
 
-    def write(self, data: bytes) -> None:
-        """Send one non-empty piece; nothing happens once the client is gone."""
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    def limit(self, max_buffered_bytes: int, exceeded: Callable[[], None]) -> None:
+        """Call `exceeded` when the client leaves more than this unread."""
+        self._transport.set_write_buffer_limits(high=max_buffered_bytes)
+        self._protocol.buffer_exceeded = exceeded
 
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes that the client has not taken yet."""
-        return self._transport.get_write_buffer_size()
+    def unlimit(self) -> None:
+        self._protocol.buffer_exceeded = None
 
     def abort(self) -> None:
         """Drop the connection with what is buffered."""
         self._transport.abort()
 
 
+def chunk(data: bytes) -> bytes:
+    """One non-empty piece of a body in HTTP's chunked encoding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 class _Protocol(HttpToolsProtocol):
+    buffer_exceeded: Callable[[], None] | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         raw_socket = transport.get_extra_info("socket")
         if raw_socket is not None and raw_socket.family in (socket.AF_INET, socket.AF_INET6):
@@ -54,8 +63,13 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions: dict[str, Any] = {BODY_WRITER_EXTENSION: BodyWriter(self.transport)}
+        extensions: dict[str, Any] = {BODY_WRITER_EXTENSION: BodyWriter(self.transport, self)}
         self.scope["extensions"] = extensions
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.buffer_exceeded is not None:
+            self.buffer_exceeded()
 
 
 class _Server(uvicorn.Server):

@@ -24,7 +24,9 @@ class CostModel:
         """To compute `num_uncached` tokens, the last ones of `num_context`."""
         if num_uncached <= 0:
             return 0.0
-        return self.prefill_base_ns + self.prefill_work_ns(num_uncached, num_context)
+        return self.prefill_base_ns + num_uncached * (
+            self.prefill_token_ns + self.prefill_context_ns * num_context
+        )
 
     def prefill_work_ns(self, num_uncached: int, num_context: int) -> float:
         """What they add to a queue, whose prefills share their steps' fixed time."""

@@ -52,8 +52,11 @@ class Registration:
 
 
 class PoolLimits(NamedTuple):
+    """Of a pool's workers: what all of them take, and the longest context one takes."""
+
     context_length: int
     vocab_size: int
+    longest_context: int
 
 
 @dataclass(slots=True)
@@ -105,8 +108,8 @@ class WorkerTable:
         return bool(self._views.get(pool))
 
     def limits(self, pool: Pool) -> PoolLimits:
-        """What every worker of the pool takes; of its last workers while it is empty."""
-        return self._limits.get(pool, PoolLimits(0, 0))
+        """Of its last workers while it is empty."""
+        return self._limits.get(pool, PoolLimits(0, 0, 0))
 
     def register(self, registration: Registration, now: float) -> None:
         """Take a worker in; an older registration of the same id ends."""
@@ -140,7 +143,7 @@ class WorkerTable:
             entry.cost_model = load.cost_model
             self._pool_costs[registration.pool] = load.cost_model
         if admitted is not NO_CHARGE:
-            entry.charge -= admitted
+            entry.charge = entry.charge.minus(admitted)
         self._refresh(entry)
         if before != (entry.state, load.num_running, load.num_waiting):
             self._changed(before[0] is not entry.state)
@@ -149,14 +152,14 @@ class WorkerTable:
         """Count `charge` on the worker; without effect once its epoch is gone."""
         entry = self._entries.get(worker.worker_id)
         if entry is not None and entry.registration.worker is worker:
-            entry.charge += charge
+            entry.charge = entry.charge.plus(charge)
             self._refresh(entry)
 
     def remove_charge(self, worker: Worker, charge: Charge) -> None:
         """The reverse of `add_charge`."""
         entry = self._entries.get(worker.worker_id)
         if entry is not None and entry.registration.worker is worker:
-            entry.charge -= charge
+            entry.charge = entry.charge.minus(charge)
             self._refresh(entry)
 
     def drain(self, worker_id: str, reason: str) -> None:
@@ -215,6 +218,7 @@ class WorkerTable:
             self._limits[pool] = PoolLimits(
                 min(worker.context_length for worker in workers),
                 min(worker.vocab_size for worker in workers),
+                max(worker.context_length for worker in workers),
             )
 
     def _refresh(self, entry: _Entry) -> None:

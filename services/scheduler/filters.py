@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.scheduler.policy import PlacementRequest
-from services.scheduler.views import WorkerRole, WorkerState, WorkerView
+from services.scheduler.views import WorkerView
 
 # A worker's own queue stays this short: backlog waits in the scheduler.
 MAX_QUEUED_PREFILL_NS = 200e6
@@ -17,8 +17,7 @@ def eligible(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[W
     return [
         view
         for view in workers
-        if view.state is WorkerState.READY
-        and view.worker.role is not WorkerRole.DECODE
+        if view.takes_prompts
         and view.worker.context_length > request.num_prompt_tokens
         and view.worker_id not in excluded
     ]
@@ -38,7 +37,7 @@ def with_room(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[
         if view.num_active == 0
         or (
             view.queued_prefill_ns < MAX_QUEUED_PREFILL_NS
-            and view.num_active + num_choices <= view.worker.max_running_sequences
-            and view.num_available_pages * view.worker.page_size >= num_tokens
+            and view.num_free_sequences >= num_choices
+            and view.num_available_tokens >= num_tokens
         )
     ]

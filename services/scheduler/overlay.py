@@ -10,20 +10,22 @@ from collections.abc import Callable, Sequence
 
 # A page counts for one to two of these; by then its stored event has come, or will not.
 GENERATION_S = 2.0
-MAX_GENERATION_PAGES = 131_072
+MAX_GENERATION_MARKS = 131_072
+# Every so many pages of a chain are marked: a hint may be three pages short, and costs a quarter.
+STRIDE = 4
 
 
 class PredictionOverlay:
-    """Prefix hash -> workers (one bit each) for the pages predicted lately.
+    """Prefix hash -> workers (one bit each) for every STRIDE-th page predicted lately.
 
-    Two generations: pages enter the current one, the previous one is dropped whole when the
+    Two generations: marks enter the current one, the previous one is dropped whole when the
     generations turn, by time or when the current one is full; so memory is bounded and nothing is
-    ever expired one by one. Invariant: within a generation, a worker that has a page of a chain
-    has all pages before it (chains enter whole), so the depth of a match is found by bisection.
+    ever expired one by one. Invariant: within a generation, a worker that has a mark of a chain
+    has all marks before it (chains enter whole), so the depth of a match is found by bisection.
     """
 
-    def __init__(self, now: float = 0.0, max_pages: int = MAX_GENERATION_PAGES) -> None:
-        self._max_pages = max_pages
+    def __init__(self, now: float = 0.0, max_marks: int = MAX_GENERATION_MARKS) -> None:
+        self._max_marks = max_marks
         self._turned_at = now
         self._current: dict[int, int] = {}
         self._previous: dict[int, int] = {}
@@ -35,7 +37,7 @@ class PredictionOverlay:
         self._retired: list[int] = []
 
     @property
-    def num_pages(self) -> int:
+    def num_marks(self) -> int:
         return len(self._current) + len(self._previous)
 
     @property
@@ -45,30 +47,33 @@ class PredictionOverlay:
     def add(self, worker_id: str, prefix_hashes: Sequence[int], now: float) -> None:
         """The chain's pages will be on the worker."""
         self.turn(now)
-        if len(self._current) + len(prefix_hashes) > self._max_pages:
+        marks = prefix_hashes[STRIDE - 1 :: STRIDE][: self._max_marks]
+        if len(self._current) + len(marks) > self._max_marks:
             self._turn(now)
-        if len(prefix_hashes) > self._max_pages:
-            prefix_hashes = prefix_hashes[: self._max_pages]
-        pages, bit = self._current, 1 << self._slot(worker_id)
-        known = _depth(len(prefix_hashes), lambda i: bool(pages.get(prefix_hashes[i], 0) & bit))
-        for prefix_hash in prefix_hashes[known:]:
-            pages[prefix_hash] = pages.get(prefix_hash, 0) | bit
+        held_by, bit = self._current, 1 << self._slot(worker_id)
+        # [0, own): the worker has them; [own, known): others do; [known, end): nobody does.
+        known = _depth(len(marks), lambda i: marks[i] in held_by)
+        own = _depth(known, lambda i: bool(held_by[marks[i]] & bit))
+        for mark in marks[own:known]:
+            held_by[mark] |= bit
+        held_by.update(dict.fromkeys(marks[known:], bit))
 
     def match(self, prefix_hashes: Sequence[int], now: float) -> dict[str, int]:
         """Leading pages by worker; workers without any are left out."""
         self.turn(now)
         matched: dict[str, int] = {}
-        for pages in (self._previous, self._current):
-            if not pages or not prefix_hashes or prefix_hashes[0] not in pages:
+        marks = prefix_hashes[STRIDE - 1 :: STRIDE]
+        for held_by in (self._previous, self._current):
+            if not marks or marks[0] not in held_by:
                 continue
-            for slot, depth in _depths(pages, prefix_hashes):
+            for slot, depth in _depths(held_by, marks):
                 name = self._names[slot]
-                if name is not None and depth > matched.get(name, 0):
-                    matched[name] = depth
+                if name is not None and depth * STRIDE > matched.get(name, 0):
+                    matched[name] = depth * STRIDE
         return matched
 
     def forget_worker(self, worker_id: str) -> None:
-        """The worker is gone; its slot is used again only when no page has its bit."""
+        """The worker is gone; its slot is used again only when no mark has its bit."""
         slot = self._slots.pop(worker_id, None)
         if slot is not None:
             self._names[slot] = None
@@ -100,18 +105,18 @@ class PredictionOverlay:
         return slot
 
 
-def _depths(pages: dict[int, int], prefix_hashes: Sequence[int]) -> list[tuple[int, int]]:
-    """(slot, depth) of every worker in a chain whose first page is held.
+def _depths(held_by: dict[int, int], marks: Sequence[int]) -> list[tuple[int, int]]:
+    """(slot, depth) of every worker that holds a chain's first mark.
 
-    Deepest first: the workers that hold the deepest page hold all before it, so each round looks
+    Deepest first: the workers that hold the deepest mark hold all before it, so each round looks
     only for those not seen yet.
     """
     found: list[tuple[int, int]] = []
-    unseen = pages[prefix_hashes[0]]
-    end = len(prefix_hashes)
+    unseen = held_by[marks[0]]
+    end = len(marks)
     while unseen:
-        end = _depth(end, lambda i: bool(pages.get(prefix_hashes[i], 0) & unseen))  # noqa: B023
-        here = pages[prefix_hashes[end - 1]] & unseen
+        end = _depth(end, lambda i: bool(held_by.get(marks[i], 0) & unseen))  # noqa: B023
+        here = held_by[marks[end - 1]] & unseen
         unseen &= ~here
         while here:
             lowest = here & -here
@@ -121,7 +126,7 @@ def _depths(pages: dict[int, int], prefix_hashes: Sequence[int]) -> list[tuple[i
 
 
 def _depth(end: int, holds: Callable[[int], bool]) -> int:
-    """Number of leading pages that `holds` is true for; true ones all come first."""
+    """Number of leading marks that `holds` is true for; true ones all come first."""
     low = 0
     while low < end:
         middle = (low + end) // 2

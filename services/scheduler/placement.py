@@ -213,9 +213,8 @@ class Placer:
             if not self._pools.names:
                 raise UnavailableError("no worker has registered yet")
             raise NotFoundError(f"no pool serves the model {request.model!r}")
-        workers = self._table.snapshot(pool)
-        longest = max((view.worker.context_length for view in workers), default=None)
-        if longest is not None and request.num_prompt_tokens >= longest:
+        longest = self._table.limits(pool).longest_context
+        if request.num_prompt_tokens >= longest and self._table.has_workers(pool):
             raise InvalidRequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; no worker takes more than "
                 f"{longest}, output included",

@@ -57,9 +57,9 @@ class Filter(Protocol):
 
 
 class Scorer(Protocol):
-    """Predicted nanoseconds, one a worker."""
+    """Predicted nanoseconds, one a worker; None where all are alike to it."""
 
-    def __call__(self, query: Query, workers: Sequence[WorkerView]) -> list[float]: ...
+    def __call__(self, query: Query, workers: Sequence[WorkerView]) -> list[float] | None: ...
 
 
 class Picker(Protocol):
@@ -83,7 +83,8 @@ class Policy:
         costs = [0.0] * len(workers)
         for scorer, weight in self.scorers:
             scores = scorer(query, workers)
-            costs = [cost + weight * score for cost, score in zip(costs, scores, strict=True)]
+            if scores is not None:
+                costs = [cost + weight * score for cost, score in zip(costs, scores)]  # noqa: B905
         return workers[self.picker(query, workers, costs)]
 
     def branch(self, query: Query, chosen: WorkerView) -> str:

@@ -101,7 +101,7 @@ class ReservationBook:
             if reservation is not None and reservation.worker is worker:
                 del self._unadmitted[reservation_id]
                 reservation.charged = False
-                total += reservation.charge
+                total = total.plus(reservation.charge)
         return total
 
     def end(self, reservation_id: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 
@@ -39,8 +40,7 @@ class Worker:
     page_size: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What a worker last said about itself."""
 
     num_free_pages: int
@@ -54,8 +54,7 @@ class Load:
     cost_model: CostModel | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(NamedTuple):
     """What placed requests will add to a worker's load, until its reports include them.
 
     Whole numbers, so that charging and giving back in any order ends at exactly zero.
@@ -66,7 +65,7 @@ class Charge:
     num_context_tokens: int = 0
     prefill_ns: int = 0
 
-    def __add__(self, other: Charge) -> Charge:
+    def plus(self, other: Charge) -> Charge:
         return Charge(
             self.num_sequences + other.num_sequences,
             self.num_pages + other.num_pages,
@@ -74,7 +73,7 @@ class Charge:
             self.prefill_ns + other.prefill_ns,
         )
 
-    def __sub__(self, other: Charge) -> Charge:
+    def minus(self, other: Charge) -> Charge:
         return Charge(
             self.num_sequences - other.num_sequences,
             self.num_pages - other.num_pages,
@@ -86,23 +85,30 @@ class Charge:
 NO_CHARGE = Charge()
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One worker as policies see it: its last report plus what is charged on top."""
+class WorkerView(NamedTuple):
+    """One worker as policies see it: its last report plus what is charged on top.
+
+    Made twice a request and read for every worker a request, so what policies need is worked out
+    here. (A named tuple is made three times as fast as a frozen dataclass.)
+    """
 
     worker: Worker
     worker_id: str
     state: WorkerState
+    # Ready, and its role is to prefill.
+    takes_prompts: bool
     load: Load
     cost_model: CostModel
     charge: Charge
-    # Sequences it runs, keeps waiting, or is about to get.
+    # Sequences it runs, keeps waiting, or is about to get; and how many more it can run.
     num_active: int
-    num_context_tokens: int
+    num_free_sequences: int
     # Predicted time until a request that arrives now starts its prefill.
     queued_prefill_ns: float
-    # Pages a newcomer could have; below zero when more is promised than there is.
-    num_available_pages: int
+    # Predicted decode step of all active sequences.
+    decode_step_ns: float
+    # Tokens a newcomer could have pages for; below zero when more is promised than there is.
+    num_available_tokens: int
 
 
 def view_of(
@@ -113,15 +119,20 @@ def view_of(
     charge: Charge = NO_CHARGE,
 ) -> WorkerView:
     """The view in which `charge` counts as if the worker had reported it."""
+    num_active = load.num_running + load.num_waiting + charge.num_sequences
+    num_context_tokens = load.num_running_context_tokens + charge.num_context_tokens
+    num_available_pages = load.num_free_pages + load.num_evictable_pages - charge.num_pages
     return WorkerView(
         worker,
         worker.worker_id,
         state,
+        state is WorkerState.READY and worker.role is not WorkerRole.DECODE,
         load,
         cost_model,
         charge,
-        load.num_running + load.num_waiting + charge.num_sequences,
-        load.num_running_context_tokens + charge.num_context_tokens,
+        num_active,
+        worker.max_running_sequences - num_active,
         load.num_waiting_uncached_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
-        load.num_free_pages + load.num_evictable_pages - charge.num_pages,
+        cost_model.decode_step_ns(num_active, num_context_tokens),
+        num_available_pages * worker.page_size,
     )

@@ -103,14 +103,17 @@ class Registration:
             async with channel:
                 call = pb_grpc.SchedulerServiceStub(channel).RegisterWorker()
                 await call.write(pb.RegisterWorkerRequest(description=self._describe()))
-                reports = asyncio.create_task(self._report(call, feed))
+                listening = asyncio.create_task(self._listen(call))
+                reporting = asyncio.create_task(self._report(call, feed))
                 try:
-                    await self._listen(call)
+                    await asyncio.wait((listening, reporting), return_when=asyncio.FIRST_COMPLETED)
+                    if reporting.done():
+                        reporting.result()
+                    await listening
                 finally:
-                    reports.cancel()
-                    # Whatever ended it also ended the call, whose status is the one that counts.
-                    with contextlib.suppress(asyncio.CancelledError, aio.AioRpcError):
-                        await reports
+                    listening.cancel()
+                    reporting.cancel()
+                    await asyncio.gather(listening, reporting, return_exceptions=True)
         finally:
             self._replica.reservations.unsubscribe(feed)
 
@@ -134,13 +137,19 @@ class Registration:
             )
 
     async def _report(self, call: Any, feed: ReservationFeed) -> None:
-        """Push load on change, at most and at least as often as the contract says."""
+        """Push load on change, at most and at least as often as the contract says.
+
+        Returns when the call is over, whose status then says why.
+        """
         times, sequence_number = self._times, 0
         while True:
             sequence_number += 1
             report = self._load_report(feed, sequence_number)
             self._changed.clear()
-            await call.write(pb.RegisterWorkerRequest(load=report))
+            try:
+                await call.write(pb.RegisterWorkerRequest(load=report))
+            except (aio.AioRpcError, asyncio.InvalidStateError):
+                return
             await asyncio.sleep(times.min_interval_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.max_interval_s - times.min_interval_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from services.worker.engine.batching.budget import GrowthEstimate
 from services.worker.engine.batching.scheduler import BatchScheduler
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.messages import (
@@ -116,8 +117,10 @@ class EngineDriver:
         max_running_sequences: int = 8,
         max_step_tokens: int = 32,
         num_in_flight: int = 1,
+        growth: GrowthEstimate | None = None,
     ) -> None:
         self.vocab_size = vocab_size
+        self.num_pages = num_pages
         self.eos_token_ids = eos_token_ids
         self.max_len = min(context_length, num_pages * page_size + 1)
         self.clock = ManualClock()
@@ -139,6 +142,7 @@ class EngineDriver:
             max_running_sequences=max_running_sequences,
             max_step_tokens=max_step_tokens,
             num_in_flight=num_in_flight,
+            growth=growth,
             clock=self.clock,
         )
         self.inbox = ListInbox()
@@ -222,6 +226,11 @@ class EngineDriver:
         for key, rows in output.logprobs:
             assert not self.records[key].has_ended, "log-probabilities after the end"
             self.records[key].logprobs.append(rows)
+
+
+def no_foresight() -> GrowthEstimate:
+    """Admits whatever fits now, so that preemptions are frequent."""
+    return GrowthEstimate(initial=0.0, minimum=0.0)
 
 
 def make_request(

@@ -205,6 +205,8 @@ class FakeRunner:
         assert plan.num_tokens.sum() == len(plan.token_ids), "ids that belong to no row"
         assert len(plan.token_ids) <= self._max_step_tokens, "more tokens than a step may have"
         assert len(plan.page_slots) == len(plan.page_indices) == len(plan.page_ids)
+        entries = set(zip(plan.page_slots.tolist(), plan.page_indices.tolist(), strict=True))
+        assert len(entries) == len(plan.page_ids), "two pages for one place of the page table"
         for array in (plan.slots, plan.num_tokens, plan.start_positions, plan.token_ids):
             assert array.dtype == np.int32
         self.peak_step_tokens = max(self.peak_step_tokens, len(plan.token_ids))

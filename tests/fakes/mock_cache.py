@@ -10,7 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 
 from rhizome.common.v1 import cache_tier_pb2
 from rhizome.worker.v1 import worker_service_pb2 as pb
-from services.common.errors import InvalidRequestError, OutOfRangeError, PreconditionError
+from services.common.errors import (
+    InvalidRequestError,
+    OutOfRangeError,
+    PreconditionError,
+    RhizomeError,
+)
 from services.common.prefix_hash import ROOT_HASH
 
 _GPU = cache_tier_pb2.CACHE_TIER_GPU
@@ -33,6 +38,7 @@ class MockCache:
         self._pages: dict[int, int] = {}
         self._ring: deque[pb.CacheEvent] = deque(maxlen=ring_events)
         self._changed = asyncio.Event()
+        self._breaks: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -72,10 +78,13 @@ class MockCache:
         self._emit(pb.CacheEvent(cleared=pb.CacheCleared()))
         return num_freed
 
-    def skip_events(self, count: int) -> None:
-        """Lose events, as a worker with a bug would: watchers see a gap in the numbers."""
-        self._ring.clear()
-        self.sequence_number += count
+    def break_watches(self, error: RhizomeError) -> None:
+        """End every watch under way, as a broken network would."""
+        self._breaks.set_exception(error)
+        # Nobody may be watching.
+        self._breaks.exception()
+        self._breaks = asyncio.get_running_loop().create_future()
+        self._wake()
 
     async def watch(
         self, request: pb.WatchCacheEventsRequest
@@ -92,12 +101,15 @@ class MockCache:
                 yield pb.WatchCacheEventsResponse(epoch=self._epoch, snapshot_chunk=chunk)
         else:
             raise InvalidRequestError("say where to start", "start")
+        breaks = self._breaks
         while True:
             oldest = self.sequence_number - len(self._ring) + 1
             if not oldest - 1 <= number <= self.sequence_number:
                 raise OutOfRangeError(f"events from {oldest} to {self.sequence_number} are held")
             first = number - oldest + 1
             events = list(itertools.islice(self._ring, first, first + _MAX_BATCH_EVENTS))
+            if breaks.done():
+                breaks.result()
             if not events:
                 await self._changed.wait()
                 continue
@@ -126,6 +138,9 @@ class MockCache:
     def _emit(self, event: pb.CacheEvent) -> None:
         self.sequence_number += 1
         self._ring.append(event)
-        # Wakes every watcher that waits, and leaves a fresh event for the next wait.
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake every watcher that waits, and leave a fresh event for the next wait."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -168,6 +168,7 @@ class MockEngine:
         self._on_tokens = on_tokens
         self._num_submitted = 0
         self._waiting: deque[MockSequence] = deque()
+        self._prefilling: deque[MockSequence] = deque()
         self._running: dict[MockSequence, None] = {}
         self._prefill_free_ns = 0
         self._work = asyncio.Event()
@@ -176,7 +177,7 @@ class MockEngine:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._prefilling)
 
     @property
     def num_waiting(self) -> int:
@@ -184,7 +185,7 @@ class MockEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._prefilling or self._waiting)
 
     @property
     def num_context_tokens(self) -> int:
@@ -193,7 +194,8 @@ class MockEngine:
 
     @property
     def num_waiting_uncached_tokens(self) -> int:
-        return sum(seq.num_ids - seq.cached_tokens for seq in self._waiting)
+        """Prompt tokens that are still to be prefilled."""
+        return sum(seq.num_ids - seq.cached_tokens for seq in (*self._prefilling, *self._waiting))
 
     def hang(self) -> None:
         """Make no more steps, with everything else alive."""
@@ -223,6 +225,7 @@ class MockEngine:
             )
         self._waiting.append(seq)
         self._count_reservation(submit.reservation_id, 1)
+        self._start_waiting()
         self._work.set()
         return seq
 
@@ -277,15 +280,20 @@ class MockEngine:
     def _expire(self, seq: MockSequence) -> None:
         self.fail(seq, DeadlineError().code, "the sequence's time passed")
 
-    def _admit(self) -> None:
+    def _start_waiting(self) -> None:
+        """Start the prefills there is room for."""
         now = time.monotonic_ns()
-        while self._waiting and len(self._running) < self.max_running:
-            seq = self._waiting[0]
-            if not seq.start_ns:
-                self._start_prefill(seq, now)
-            if seq.ready_ns > now:
-                return
-            self._waiting.popleft()
+        while self._waiting and len(self._running) + len(self._prefilling) < self.max_running:
+            seq = self._waiting.popleft()
+            self._start_prefill(seq, now)
+            self._prefilling.append(seq)
+
+    def _admit(self) -> None:
+        """Let sequences whose prefill is done take part in this step."""
+        self._start_waiting()
+        now = time.monotonic_ns()
+        while self._prefilling and self._prefilling[0].ready_ns <= now:
+            seq = self._prefilling.popleft()
             self._running[seq] = None
             seq.first_token_ns = now
 
@@ -324,6 +332,8 @@ class MockEngine:
         seq.terminal_due = True
         if seq in self._running:
             del self._running[seq]
+        elif seq in self._prefilling:
+            self._prefilling.remove(seq)
         elif seq in self._waiting:
             self._waiting.remove(seq)
         if seq.deadline is not None:

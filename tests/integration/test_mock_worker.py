@@ -1,4 +1,4 @@
-"""The mock worker keeps the wire's rules, so that what passes against it passes against a worker."""
+"""The mock worker keeps the wire's rules, so what passes against it passes against a worker."""
 
 from __future__ import annotations
 
@@ -256,7 +256,10 @@ async def test_a_reader_without_progress_loses_its_session() -> None:
         )
         await until(lambda: len(b.worker.sessions) == 0)
         assert b.worker.engine.num_running == 0
-        assert await b.client.call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(aio.AioRpcError) as end:
+            while await b.client.call.read() is not aio.EOF:
+                pass
+        assert end.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_a_slow_reader_gets_steps_merged() -> None:

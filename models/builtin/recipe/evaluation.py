@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .corpus import Case
 
-BATCH_LETTERS: Final = 30_000
+BATCH_LETTERS: Final = 5_000
 
 
 @dataclass(frozen=True)

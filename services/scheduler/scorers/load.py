@@ -16,8 +16,10 @@ def load_time(query: Query, workers: Sequence[WorkerView]) -> list[float]:
     return [
         view.queued_prefill_ns
         + num_output
-        * view.cost_model.decode_step_ns(
-            view.num_active + num_new, view.num_context_tokens + num_context
+        * (
+            view.decode_step_ns
+            + view.cost_model.decode_sequence_ns * num_new
+            + view.cost_model.decode_context_ns * num_context
         )
         for view in workers
     ]

@@ -8,14 +8,14 @@ from services.scheduler.policy import Query
 from services.scheduler.views import WorkerView
 
 
-def away_from_home(query: Query, workers: Sequence[WorkerView]) -> list[float]:
-    """Prefill of the whole prompt on every worker but the session's; all zero outside one.
+def away_from_home(query: Query, workers: Sequence[WorkerView]) -> list[float] | None:
+    """Prefill of the whole prompt on every worker but the session's; None outside a session.
 
     Stands for what the session left in its worker's cache that no match shows (yet).
     """
     home = query.home_worker_id
     if home is None:
-        return [0.0] * len(workers)
+        return None
     num_tokens = query.request.num_prompt_tokens
     return [
         0.0 if view.worker_id == home else view.cost_model.prefill_ns(num_tokens, num_tokens)

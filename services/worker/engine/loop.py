@@ -20,6 +20,7 @@ from services.worker.engine.messages import (
     FlushCache,
     Request,
     StepOutput,
+    Stop,
 )
 from services.worker.engine.options import EnginePlan
 
@@ -98,11 +99,11 @@ class EngineLoop:
 
     def _take_messages(self) -> None:
         idle = self._scheduler.num_live == 0 and self._scheduler.num_issued == 0
-        if not idle:
-            self._was_upkept = False
         timeout_s = None if self._was_upkept else self._upkeep_after_s
         messages = self._inbox.receive(block=idle, timeout_s=timeout_s if idle else 0.0)
-        if idle and not messages and not self._was_upkept:
+        if messages:
+            self._was_upkept = False
+        elif idle and not self._was_upkept:
             self._scheduler.check()
             gc.collect()
             self._was_upkept = True
@@ -118,7 +119,7 @@ class EngineLoop:
                     self._scheduler.cancel(key)
             case FlushCache():
                 self._scheduler.flush_cache()
-            case _:
+            case Stop():
                 self._is_stopping = True
 
     def _fail_live(self, message: str) -> None:

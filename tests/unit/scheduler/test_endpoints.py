@@ -98,9 +98,10 @@ def test_charges_count_as_load_and_come_off(table: WorkerTable, pool: Pool) -> N
     charge = Charge(2, 10, 320, 5_000_000)
     table.add_charge(worker, charge)
     view = table.snapshot(pool)[0]
-    assert (view.num_active, view.num_context_tokens) == (2, 320)
+    assert (view.num_active, view.num_free_sequences) == (2, worker.max_running_sequences - 2)
     assert view.queued_prefill_ns == 5_000_000
-    assert view.num_available_pages == worker.num_pages - 10
+    assert view.decode_step_ns == view.cost_model.decode_step_ns(2, 320)
+    assert view.num_available_tokens == (worker.num_pages - 10) * worker.page_size
     table.remove_charge(worker, charge)
     assert table.snapshot(pool)[0].charge == Charge()
 

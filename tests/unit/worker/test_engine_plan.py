@@ -9,7 +9,7 @@ from services.worker.engine.kv.pool import fitting_pages
 from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions
-from services.worker.engine.runner.setup import decide_plan
+from services.worker.engine.runner.setup import decide_num_threads, decide_plan
 from tests.fakes.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -71,3 +71,12 @@ def test_a_stretched_context_is_used_on_request_only(config: ModelConfig) -> Non
 def test_the_type_follows_the_device(config: ModelConfig) -> None:
     assert plan_of(config, 10**9).dtype == "float32"
     assert plan_of(config, 10**9, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_threads_follow_the_weights() -> None:
+    mebibyte = 1024**2
+    assert decide_num_threads(17 * mebibyte, 16, 1) == 1
+    assert decide_num_threads(300 * mebibyte, 16, 1) == 4
+    assert decide_num_threads(8192 * mebibyte, 16, 1) == 16
+    assert decide_num_threads(8192 * mebibyte, 16, 4) == 4
+    assert decide_num_threads(8192 * mebibyte, 1, 2) == 1

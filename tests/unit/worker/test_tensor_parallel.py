@@ -118,7 +118,7 @@ def test_a_hanging_rank_is_an_error_after_a_collectives_timeout(
 
 def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
     ranks = RankProcesses(2)
-    ranks.start(EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu"), 1, 1)
+    ranks.start(EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu"), 1)
     with pytest.raises(RankLostError, match="rank 1 failed: no config.json in"):
         ranks.expect(Kind.LOADED)
     ranks.close()

@@ -44,8 +44,9 @@ class GrowthEstimate:
     `new_token_ratio` of SGLang's scheduler).
     """
 
-    def __init__(self) -> None:
-        self.ratio = _INITIAL_RATIO
+    def __init__(self, initial: float = _INITIAL_RATIO, minimum: float = _MIN_RATIO) -> None:
+        self.ratio = initial
+        self._minimum = minimum
 
     def expected_tokens(self, remaining: npt.NDArray[np.int32]) -> int:
         """Tokens expected of sequences that may produce `remaining` tokens each."""
@@ -54,7 +55,7 @@ class GrowthEstimate:
 
     def on_step(self) -> None:
         """A step was planned without a preemption."""
-        self.ratio = max(_MIN_RATIO, self.ratio - _DECAY_PER_STEP)
+        self.ratio = max(self._minimum, self.ratio - _DECAY_PER_STEP)
 
     def on_preemption(self) -> None:
         """A sequence had to give way."""

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from services.worker.engine.batch import (
     LAST_SAMPLED,
     Int32Array,
-    PromptLogprobRequest,
     SlotAssignment,
     StepPlan,
     StepResult,
@@ -61,6 +60,7 @@ class BatchScheduler:
         max_running_sequences: int,
         max_step_tokens: int,
         num_in_flight: int = 1,
+        growth: GrowthEstimate | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._page_size = page_size
@@ -79,7 +79,7 @@ class BatchScheduler:
         self._waiting = WaitingQueue()
         self._live: dict[int, Sequence] = {}
         self._deadlines: list[tuple[int, int]] = []
-        self._growth = GrowthEstimate()
+        self._growth = GrowthEstimate() if growth is None else growth
         self._issued: deque[IssuedStep] = deque()
         self._outputs = OutputCollector()
         self._num_steps = 0
@@ -145,13 +145,12 @@ class BatchScheduler:
         self._cache.free_retired()
         plan = PlanBuilder(step_number=self._num_steps + 1)
         budget = TokenBudget(self._max_step_tokens, self._page_size)
-        num_preempted = self._plan_decodes(plan, budget)
+        self._plan_decodes(plan, budget)
         # Pages that turned out to be in the tree already.
         for swap in self._running.take_swaps():
             plan.add_pages(swap.slot, swap.index, [swap.page])
         self._continue_prefills(plan, budget)
-        if num_preempted == 0:
-            self._admit(plan, budget, now)
+        self._admit(plan, budget, now)
         if plan.num_rows == 0:
             assert self._issued or not self._live, "live sequences, and nothing to compute"
             return None
@@ -195,9 +194,8 @@ class BatchScheduler:
 
     # Planning
 
-    def _plan_decodes(self, plan: PlanBuilder, budget: TokenBudget) -> int:
-        """One token for every sequence that decodes; returns how many gave way for pages."""
-        num_preempted = 0
+    def _plan_decodes(self, plan: PlanBuilder, budget: TokenBudget) -> None:
+        """One token for every sequence that decodes, once there is room for its page."""
         while True:
             slots = self._slots.decoding_slots()
             positions = self._slots.num_computed[slots]
@@ -205,7 +203,6 @@ class BatchScheduler:
             if len(growing) <= self._cache.num_available:
                 break
             self._preempt_newest()
-            num_preempted += 1
         if len(growing):
             self._grow(plan, slots[growing].tolist())
         plan.decode_slots = slots.astype(np.int32)
@@ -213,7 +210,6 @@ class BatchScheduler:
         plan.decode_ids = self._decode_ids(slots)
         self._slots.num_computed[slots] += 1
         budget.take(len(slots))
-        return num_preempted
 
     def _grow(self, plan: PlanBuilder, slots: list[int]) -> None:
         """One more page for each of these slots."""
@@ -289,7 +285,7 @@ class BatchScheduler:
         start = int(self._slots.num_computed[slot])
         stop = start + budget.chunk_len(start, known)
         budget.take(stop - start)
-        logprobs_stop = _plan_prompt_logprobs(sequence, plan, start, stop)
+        logprobs_stop = plan.add_prompt_logprobs(sequence, start, stop)
         chunk = PrefillChunk(
             sequence=sequence,
             slot=slot,
@@ -387,28 +383,3 @@ class BatchScheduler:
 def _slot_of(sequence: Sequence) -> int:
     assert sequence.slot is not None, "only running sequences have a slot"
     return sequence.slot
-
-
-def _plan_prompt_logprobs(
-    sequence: Sequence, plan: PlanBuilder, start: int, stop: int
-) -> int | None:
-    """Ask for the prompt positions whose logits the next row computes; returns where they end.
-
-    The logits at position p - 1 give the log-probability of the token at p.
-    """
-    if sequence.next_prompt_logprob is None:
-        return None
-    first = max(start + 1, sequence.next_prompt_logprob)
-    last = min(stop + 1, sequence.request.prompt_len)
-    if first >= last:
-        return None
-    plan.prompt_logprobs.append(
-        PromptLogprobRequest(
-            row=plan.num_rows,
-            start=first,
-            stop=last,
-            token_ids=sequence.token_ids[first:last],
-            spec=sequence.request.logprobs,
-        )
-    )
-    return last

@@ -95,6 +95,29 @@ class PlanBuilder:
         self.chunk_lens.append(len(token_ids))
         self.chunk_ids += token_ids
 
+    def add_prompt_logprobs(self, sequence: Sequence, start: int, stop: int) -> int | None:
+        """Ask for the prompt positions whose logits the next row, `start` to `stop` - 1, computes.
+
+        Returns the first position beyond them; None where there are none. The logits at
+        position p - 1 give the log-probability of the token at p.
+        """
+        if sequence.next_prompt_logprob is None:
+            return None
+        first = max(start + 1, sequence.next_prompt_logprob)
+        last = min(stop + 1, sequence.request.prompt_len)
+        if first >= last:
+            return None
+        self.prompt_logprobs.append(
+            PromptLogprobRequest(
+                row=self.num_rows,
+                start=first,
+                stop=last,
+                token_ids=sequence.token_ids[first:last],
+                spec=sequence.request.logprobs,
+            )
+        )
+        return last
+
     def build(self) -> StepPlan:
         """The plan."""
         num_decodes = len(self.decode_slots)

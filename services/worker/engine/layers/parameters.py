@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,16 +9,23 @@ import torch
 from services.worker.engine.distributed.group import TpGroup
 
 
-@dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a layer's tensors live, and which shard of them this rank holds."""
+    """Where a layer's tensors live, and which shard of them this rank holds.
 
-    device: torch.device
-    dtype: torch.dtype
-    group: TpGroup
+    Counts the bytes of the tensors that it makes.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, group: TpGroup) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.group = group
+        self.num_bytes = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
+        """An uninitialised parameter."""
+        tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self.num_bytes += tensor.nbytes
+        return tensor
 
 
 class Layer(Protocol):

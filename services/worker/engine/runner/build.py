@@ -39,7 +39,8 @@ def build_runner(options: EngineOptions, on_progress: OnProgress) -> tuple[Runne
     """Load the model on all ranks and run one step, so that what returns is known to work.
 
     For tp_size > 1 this process is rank 0 and starts the others, which die with this thread.
-    On CPUs, torch's threads (OMP_NUM_THREADS, by default the cores) are divided among the ranks.
+    On CPUs, torch's threads (OMP_NUM_THREADS, by default the cores) are divided among the ranks,
+    and small models take fewer.
     Raises ValueError when the model or the options cannot work, RankLostError when a rank died.
     """
     config = load_model_config(options.model_path)
@@ -81,12 +82,10 @@ def _build_ranked(
     options: EngineOptions, config: ModelConfig, device: torch.device, on_progress: OnProgress
 ) -> tuple[Runner, EnginePlan]:
     size = options.tp_size
-    num_threads = max(1, torch.get_num_threads() // size)
-    torch.set_num_threads(num_threads)
     ranks = RankProcesses(size)
     try:
         store, port = create_store(size)
-        ranks.start(options, port, num_threads)
+        ranks.start(options, port)
         group = GlooGroup(store, 0, size)
         model = load_model(
             options,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from services.common.logs import configure_logging
 from services.common.process import die_with_parent
@@ -50,7 +49,6 @@ def main() -> None:
 
 
 def _serve(channel: Channel, start: RankStart) -> None:
-    torch.set_num_threads(start.num_threads)
     options = start.options
     config = load_model_config(options.model_path)
     device = decide_device(options)

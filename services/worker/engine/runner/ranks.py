@@ -36,7 +36,6 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     size: int
     store_port: int
-    num_threads: int
     options: EngineOptions
 
 
@@ -70,7 +69,7 @@ class RankProcesses:
                 )
             self._channels.append(Channel(ours, _SEND_TIMEOUT_S))
 
-    def start(self, options: EngineOptions, store_port: int, num_threads: int) -> None:
+    def start(self, options: EngineOptions, store_port: int) -> None:
         """Wait until all are up, then have them load."""
         self.expect(Kind.HELLO, _HELLO_TIMEOUT_S)
         for rank, channel in enumerate(self._channels, start=1):
@@ -78,7 +77,6 @@ class RankProcesses:
                 rank=rank,
                 size=len(self._channels) + 1,
                 store_port=store_port,
-                num_threads=num_threads,
                 options=options,
             )
             channel.send(Kind.START, msgspec.json.encode(start, enc_hook=str))

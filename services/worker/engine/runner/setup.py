@@ -20,6 +20,7 @@ from services.worker.engine.runner.model_runner import ModelRunner
 ATTENTION_BACKENDS: dict[str, Callable[[PagePool], AttentionBackend]] = {"torch": TorchAttention}
 
 _LOAD_FORMATS = ("safetensors", "dummy")
+_WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
 
 
 def decide_device(options: EngineOptions) -> torch.device:
@@ -69,6 +70,15 @@ def check_tp_size(tp_size: int, config: ModelConfig) -> None:
         raise ValueError(
             f"tp_size {tp_size} and the model's {config.num_kv_heads} kv heads do not divide"
         )
+
+
+def decide_num_threads(weight_bytes: int, num_threads: int, tp_size: int) -> int:
+    """Threads of one rank on a CPU, of the `num_threads` that torch has for all.
+
+    A step reads all weights once; below some share a thread, handing work out costs more than it
+    saves, most of all when other processes want the cores.
+    """
+    return max(1, min(num_threads // tp_size, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
 def decide_plan(
@@ -131,6 +141,9 @@ def load_model(
     dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
     placement = Placement(device, dtype, group)
     model = Decoder(config, decide_context_length(options, config), placement)
+    if device.type == "cpu":
+        threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
+        torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
     else:

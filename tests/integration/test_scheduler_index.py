@@ -1,0 +1,77 @@
+"""The scheduler's client of the cache index, over real gRPC."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from services.common.rpc import open_channel
+from services.scheduler.index_client import IndexClient, WorkerMatch, index_client
+from services.scheduler.metrics import SchedulerMetrics
+from tests.fakes.scheduler_peers import FakeIndex, running_index
+
+
+@dataclass
+class Fixture:
+    index: FakeIndex
+    client: IndexClient
+    metrics: SchedulerMetrics
+
+
+@pytest.fixture
+async def connected() -> AsyncIterator[Fixture]:
+    index, metrics = FakeIndex(), SchedulerMetrics()
+    async with running_index(index) as address:
+        channel = open_channel(address)
+        await channel.channel_ready()
+        async with index_client(channel, metrics) as client:
+            assert client is not None
+            yield Fixture(index, client, metrics)
+
+
+async def test_concurrent_chains_travel_together_and_keep_their_answers(
+    connected: Fixture,
+) -> None:
+    for first in range(1, 11):
+        connected.index.pages[first] = {f"w{first}": first}
+    answers = await asyncio.gather(*(connected.client.match([first]) for first in range(1, 11)))
+    assert answers == [(WorkerMatch(f"w{first}", 1, first),) for first in range(1, 11)]
+    assert (connected.index.num_questions, connected.index.num_chains) == (1, 10)
+
+
+async def test_a_chain_of_no_pages_is_not_asked(connected: Fixture) -> None:
+    assert await connected.client.match([]) == ()
+    assert connected.index.num_questions == 0
+
+
+async def test_a_caller_that_leaves_does_not_spoil_the_others(connected: Fixture) -> None:
+    connected.index.pages[2] = {"w": 5}
+    leaving = asyncio.create_task(connected.client.match([1]))
+    staying = asyncio.create_task(connected.client.match([2]))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await staying == (WorkerMatch("w", 1, 5),)
+    assert connected.index.num_chains == 1
+
+
+async def test_failures_must_come_in_a_row(connected: Fixture) -> None:
+    for _ in range(3):
+        connected.index.hangs = True
+        for _ in range(2):
+            assert await connected.client.match([1]) == ()
+        connected.index.hangs = False
+        # An answer may be late on a busy machine; the third miss in a row would end the asking.
+        assert not connected.client.is_skipped
+        await connected.client.match([1])
+
+
+async def test_after_three_failures_nobody_waits(connected: Fixture) -> None:
+    connected.index.hangs = True
+    for _ in range(3):
+        await connected.client.match([1])
+    asked = connected.index.num_questions
+    assert connected.client.is_skipped
+    assert await asyncio.gather(*(connected.client.match([1]) for _ in range(50))) == [()] * 50
+    assert connected.index.num_questions == asked
+    assert connected.metrics.value("index_skipped_total") == 50

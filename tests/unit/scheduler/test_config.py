@@ -1,0 +1,33 @@
+from typing import Any
+
+import pytest
+
+from services.common.config import parse_config
+from services.scheduler.config import SchedulerConfig
+
+
+def test_every_flag_is_read() -> None:
+    flags = ["--listen", "unix:/a", "--cache-index", "unix:/b", "--policy", "round_robin"]
+    config = parse_config(SchedulerConfig, "scheduler", flags)
+    assert (config.listen, config.cache_index) == ("unix:/a", "unix:/b")
+    assert config.policy == "round_robin"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"max_queued_requests": 0}, "max_queued_requests"),
+        ({"lease_s": 1.0}, "lease_s"),
+        ({"worker_wait_s": -1.0}, "worker_wait_s"),
+        ({"load_weight": -0.1}, "load_weight"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        SchedulerConfig(**changes)
+
+
+def test_an_unknown_policy_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(SchedulerConfig, "scheduler", ["--policy", "psychic"])
+    assert caught.value.code == 2
