@@ -57,4 +57,7 @@ class AttentionBackend(Protocol):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
     ) -> torch.Tensor:
-        """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension."""
+        """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension.
+
+        Rows beyond the planned tokens are padding: not written, and zero in the result.
+        """

@@ -60,8 +60,10 @@ class TorchAttention:
     ) -> torch.Tensor:
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        keys.flatten(0, 1).index_copy_(0, self._inputs.locations, k)
-        values.flatten(0, 1).index_copy_(0, self._inputs.locations, v)
+        locations = self._inputs.locations
+        num_tokens = len(locations)
+        keys.flatten(0, 1).index_copy_(0, locations, k[:num_tokens])
+        values.flatten(0, 1).index_copy_(0, locations, v[:num_tokens])
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._plan_groups(self._inputs, layer.sliding_window)
@@ -69,6 +71,7 @@ class TorchAttention:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in groups:
             out[group.tokens] = _attend(q[group.tokens], keys, values, group, layer)
+        out[num_tokens:] = 0
         return out
 
     def _plan_groups(self, inputs: AttentionInputs, window: int | None) -> list[_Group]:

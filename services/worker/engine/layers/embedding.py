@@ -14,17 +14,26 @@ from services.worker.engine.layers.parameters import Placement
 class VocabularyShard:
     """This rank's rows of a [V, E] matrix; the last rank's are padded with zeros.
 
-    Embedding and output head may share one (tied embeddings).
+    Embedding and output head may share one (tied embeddings), stored as suits an embedding.
     """
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        placement: Placement,
+        *,
+        is_head: bool = False,
+    ) -> None:
         self._name = name
         self._shape = (vocab_size, hidden_size)
         self.vocab_size = vocab_size
         self.group = placement.group
         self.num_ids = -(-vocab_size // placement.group.size)
         self.first_id = placement.group.rank * self.num_ids
-        self.weight = placement.empty(self.num_ids, hidden_size)
+        empty = placement.empty_matrix if is_head else placement.empty
+        self.weight = empty(self.num_ids, hidden_size)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {self._name: self._shape}

@@ -44,7 +44,7 @@ class ColumnParallelLinear:
             self._rows[part.name] = (part, source, slice(offset, offset + size))
             offset += size
         self.sizes = tuple(source.stop - source.start for _, source, _ in self._rows.values())
-        self.weight = placement.empty(offset, in_features)
+        self.weight = placement.empty_matrix(offset, in_features)
         self.bias = placement.empty(offset) if bias else None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -79,7 +79,7 @@ class RowParallelLinear:
         self._group = placement.group
         size = shard_size(in_features, placement.group, f"input features of {name}")
         self._source = slice(placement.group.rank * size, (placement.group.rank + 1) * size)
-        self.weight = placement.empty(out_features, size)
+        self.weight = placement.empty_matrix(out_features, size)
         self.bias = placement.empty(out_features) if bias else None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,11 @@ import torch
 from services.worker.engine.distributed.group import TpGroup
 
 
+# Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
+MIN_CPU_ROWS = 2
+_MAX_COLUMN_FEATURES = 768
+
+
 class Placement:
     """Where a layer's tensors live, and which shard of them this rank holds.
 
@@ -26,6 +31,21 @@ class Placement:
         tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
         self.num_bytes += tensor.nbytes
         return tensor
+
+    def empty_matrix(self, out_features: int, in_features: int) -> torch.Tensor:
+        """An uninitialised [out_features, in_features] weight of a linear layer."""
+        if self.stores_columns(in_features):
+            return self.empty(in_features, out_features).t()
+        return self.empty(out_features, in_features)
+
+    def stores_columns(self, in_features: int) -> bool:
+        """Whether a linear layer's weight is laid out by columns.
+
+        Up to so many input features, MKL's float32 product then takes a quarter less time, and
+        a row's bits do not depend on how many rows there are, if at least MIN_CPU_ROWS.
+        """
+        is_narrow = in_features <= _MAX_COLUMN_FEATURES
+        return self.device.type == "cpu" and self.dtype == torch.float32 and is_narrow
 
 
 class Layer(Protocol):

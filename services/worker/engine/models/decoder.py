@@ -135,14 +135,14 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, context_length: int, placement: Placement) -> None:
         self.config = config
-        self._embedding = VocabularyShard(
-            "model.embed_tokens.weight", config.vocab_size, config.hidden_size, placement
-        )
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+        embedding_name = "model.embed_tokens.weight"
+        self._embedding = VocabularyShard(embedding_name, vocab_size, hidden_size, placement)
         self._head = self._embedding
-        if not config.tied_embeddings:
-            self._head = VocabularyShard(
-                "lm_head.weight", config.vocab_size, config.hidden_size, placement
-            )
+        # A tied head has a copy of its own where products want another layout than lookups.
+        if not config.tied_embeddings or placement.stores_columns(hidden_size):
+            name = embedding_name if config.tied_embeddings else "lm_head.weight"
+            self._head = VocabularyShard(name, vocab_size, hidden_size, placement, is_head=True)
         self._layers = [
             DecoderLayer(config, index, placement) for index in range(config.num_layers)
         ]

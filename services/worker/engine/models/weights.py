@@ -34,10 +34,10 @@ def load_weights(model: Decoder, model_path: Path, on_progress: Progress) -> Non
             if not _is_ignored(name, model):
                 unexpected.append(name)
             continue
-        layer, local_name, shape = expected[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        layer.load(local_name, tensor)
+        for layer, local_name, shape in expected[name]:
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            layer.load(local_name, tensor)
         missing.discard(name)
         on_progress(fraction)
     if missing:
@@ -49,23 +49,26 @@ def load_weights(model: Decoder, model_path: Path, on_progress: Progress) -> Non
 def load_dummy_weights(model: Decoder, device: torch.device, on_progress: Progress) -> None:
     """Random weights in the checkpoint's shapes, the same on any number of ranks."""
     expected = _expected(model)
-    for index, (name, (layer, local_name, shape)) in enumerate(sorted(expected.items())):
+    for index, (name, takers) in enumerate(expected.items()):
+        shape = takers[0][2]
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         tensor = torch.empty(shape, device=device)
         if len(shape) == 1 and name.endswith("weight"):
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=_DUMMY_STD, generator=generator)
-        layer.load(local_name, tensor)
+        for layer, local_name, _ in takers:
+            layer.load(local_name, tensor)
         on_progress((index + 1) / len(expected))
 
 
-def _expected(model: Decoder) -> dict[str, tuple[Layer, str, tuple[int, ...]]]:
-    return {
-        prefix + name: (layer, name, shape)
-        for prefix, layer in model.layers()
-        for name, shape in layer.tensors().items()
-    }
+def _expected(model: Decoder) -> dict[str, list[tuple[Layer, str, tuple[int, ...]]]]:
+    """By checkpoint name: the layers that take the tensor, its name in each, and its shape."""
+    expected: dict[str, list[tuple[Layer, str, tuple[int, ...]]]] = {}
+    for prefix, layer in model.layers():
+        for name, shape in layer.tensors().items():
+            expected.setdefault(prefix + name, []).append((layer, name, shape))
+    return expected
 
 
 def _files(model_path: Path) -> list[Path]:

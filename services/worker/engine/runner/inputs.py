@@ -13,19 +13,20 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionInputs
 from services.worker.engine.batch import LAST_SAMPLED, StepPlan
+from services.worker.engine.layers.parameters import MIN_CPU_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """What one forward pass and its sampling read."""
 
-    # [T] on the device, int64.
+    # [T] on the device, int64; on a CPU with padding up to MIN_CPU_ROWS.
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionInputs
     # [S] first token of each row in the step, on the host.
     first_tokens: npt.NDArray[np.int64]
-    # [R] tokens whose hidden state is sampled from; None when it is all T, in order.
+    # [R], padded likewise: tokens whose hidden state is sampled from; None when it is all T.
     sample_tokens: torch.Tensor | None
     # [R] slots of the rows that sample, and positions of the tokens they get, on the host.
     sample_slots: npt.NDArray[np.int32]
@@ -63,8 +64,8 @@ class SlotTables:
         locations = pages * self._page_size + positions % self._page_size
         sample_rows = plan.sample_rows
         return StepInputs(
-            token_ids=self._resolve_ids(plan.token_ids, token_slots),
-            positions=self._upload(positions),
+            token_ids=self._padded(self._resolve_ids(plan.token_ids, token_slots)),
+            positions=self._padded(self._upload(positions)),
             attention=AttentionInputs(
                 slots=plan.slots,
                 num_tokens=num_tokens,
@@ -76,7 +77,7 @@ class SlotTables:
             sample_tokens=(
                 None
                 if len(sample_rows) == len(plan.token_ids)
-                else self._upload(ends[sample_rows] - 1)
+                else self._padded(self._upload(ends[sample_rows] - 1))
             ),
             sample_slots=plan.slots[sample_rows],
             sample_positions=starts[sample_rows] + num_tokens[sample_rows],
@@ -99,6 +100,11 @@ class SlotTables:
             where = self._upload(unknown)
             resolved[where] = self.last_ids[self._upload(token_slots[unknown])]
         return resolved
+
+    def _padded(self, values: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu" and len(values) == 1:
+            return values.expand(MIN_CPU_ROWS)
+        return values
 
     def _upload(self, values: npt.NDArray[np.integer]) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)

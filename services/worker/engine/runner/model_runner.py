@@ -107,7 +107,7 @@ class ModelRunner:
         ]
         if inputs.sample_tokens is not None:
             hidden = hidden.index_select(0, inputs.sample_tokens)
-        logits = self._model.logits(hidden)
+        logits = self._model.logits(hidden)[: len(plan.sample_rows)]
         self._forwarded.append(_Forwarded(plan, inputs, logits, prompt_logprobs))
 
     @torch.inference_mode()
