@@ -42,15 +42,18 @@ class _Question(NamedTuple):
 
 
 class IndexClient:
-    """`match` answers within about 20 ms, with nothing when the index does not.
+    """`match` answers within about `deadline_s`, with nothing when the index does not.
 
     After three failures in a row nobody asks any more, until a probe, sent once a second, is
     answered in time.
     """
 
-    def __init__(self, channel: aio.Channel, metrics: SchedulerMetrics) -> None:
+    def __init__(
+        self, channel: aio.Channel, metrics: SchedulerMetrics, deadline_s: float = MATCH_DEADLINE_S
+    ) -> None:
         self._stub = CacheIndexServiceStub(channel)
         self._metrics = metrics
+        self._deadline_s = deadline_s
         self._questions: list[_Question] = []
         self._timer: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -108,7 +111,7 @@ class IndexClient:
         answers: list[tuple[WorkerMatch, ...]] = []
         self._num_asking += 1
         try:
-            response = await self._stub.MatchPrefix(request, timeout=MATCH_DEADLINE_S)
+            response = await self._stub.MatchPrefix(request, timeout=self._deadline_s)
             answers = [_worker_matches(match) for match in response.matches]
             self._num_failures = 0
         except aio.AioRpcError as error:
@@ -135,7 +138,7 @@ class IndexClient:
         while True:
             await asyncio.sleep(_PROBE_INTERVAL_S)
             with contextlib.suppress(aio.AioRpcError):
-                await self._stub.MatchPrefix(MatchPrefixRequest(), timeout=MATCH_DEADLINE_S)
+                await self._stub.MatchPrefix(MatchPrefixRequest(), timeout=self._deadline_s)
                 break
         self._num_failures = 0
         self._probe = None
@@ -144,13 +147,13 @@ class IndexClient:
 
 @contextlib.asynccontextmanager
 async def index_client(
-    channel: aio.Channel | None, metrics: SchedulerMetrics
+    channel: aio.Channel | None, metrics: SchedulerMetrics, deadline_s: float = MATCH_DEADLINE_S
 ) -> AsyncIterator[IndexClient | None]:
     """A client that is closed, with its channel, at the block's end; None without a channel."""
     if channel is None:
         yield None
         return
-    client = IndexClient(channel, metrics)
+    client = IndexClient(channel, metrics, deadline_s)
     try:
         yield client
     finally:

@@ -16,7 +16,7 @@ from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_
 from services.common.rpc import RunningServer, open_channel, running_server
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.endpoints import WorkerTable
-from services.scheduler.index_client import IndexClient, index_client
+from services.scheduler.index_client import MATCH_DEADLINE_S, IndexClient, index_client
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
@@ -40,13 +40,16 @@ class RunningScheduler:
 
 @contextlib.asynccontextmanager
 async def running_scheduler(
-    config: SchedulerConfig, *, grace_s: float = 1.0
+    config: SchedulerConfig,
+    *,
+    grace_s: float = 1.0,
+    match_deadline_s: float = MATCH_DEADLINE_S,
 ) -> AsyncIterator[RunningScheduler]:
     """Serve until the block ends. Raises ValueError for bad pools, OSError for a bad address."""
     pools = PoolSet(read_declarations(config.pools) if config.pools is not None else ())
     metrics = SchedulerMetrics()
     channel = open_channel(config.cache_index) if config.cache_index is not None else None
-    async with index_client(channel, metrics) as index:
+    async with index_client(channel, metrics, match_deadline_s) as index:
         placer, servicer = _assemble(config, pools, metrics, index)
 
         def add(server: aio.Server) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from services.worker.engine.distributed.group import TpGroup
 
-
 # Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
 MIN_CPU_ROWS = 2
 _MAX_COLUMN_FEATURES = 768
