@@ -11,7 +11,6 @@ from services.scheduler.index_client import IndexClient, WorkerMatch, index_clie
 from services.scheduler.metrics import SchedulerMetrics
 from tests.fakes.scheduler_peers import FakeIndex, running_index
 
-
 # So long that a busy machine does not turn an answer into a failure.
 DEADLINE_S = 0.4
 

@@ -39,6 +39,16 @@ class Harness:
 
     def run(self, work: list[tuple[int, int, int]], layer: AttentionLayer) -> list[torch.Tensor]:
         """Rows (sequence, start, stop) in one step."""
+        self.plan(work)
+        out = self.backend.run(
+            torch.cat([self.q[slot][start:stop] for slot, start, stop in work]),
+            torch.cat([self.k[slot][start:stop] for slot, start, stop in work]),
+            torch.cat([self.v[slot][start:stop] for slot, start, stop in work]),
+            layer,
+        )
+        return list(out.split([stop - start for _, start, stop in work]))
+
+    def plan(self, work: list[tuple[int, int, int]]) -> None:
         slots = np.array([slot for slot, _, _ in work], np.int32)
         locations = torch.cat([self._locations(*row) for row in work])
         self.backend.plan(
@@ -50,13 +60,6 @@ class Harness:
                 locations=locations,
             )
         )
-        out = self.backend.run(
-            torch.cat([self.q[slot][start:stop] for slot, start, stop in work]),
-            torch.cat([self.k[slot][start:stop] for slot, start, stop in work]),
-            torch.cat([self.v[slot][start:stop] for slot, start, stop in work]),
-            layer,
-        )
-        return list(out.split([stop - start for _, start, stop in work]))
 
     def expected(self, slot: int, start: int, stop: int, layer: AttentionLayer) -> torch.Tensor:
         rows = []
@@ -130,3 +133,18 @@ def test_many_long_decode_rows_are_gathered_in_parts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, 100)
     for expected, out in zip(whole, harness.run(rows, layer), strict=True):
         assert torch.equal(out, expected)
+
+
+def test_padding_beyond_the_planned_tokens_writes_nothing() -> None:
+    harness = Harness([6])
+    expected = harness.run([(0, 0, 6)], LAYERS[0])[0]
+    harness.run([(0, 0, 5)], LAYERS[0])
+    harness.pool.tensor[1, :, harness.page_table[0, 1]] = 1e4
+    before = harness.pool.tensor.clone()
+    tensors = (each[0][4:6] for each in (harness.q, harness.k, harness.v))
+    harness.plan([(0, 4, 5)])
+    out = harness.backend.run(*tensors, LAYERS[0])
+    torch.testing.assert_close(out[0], expected[4])
+    assert (out[1] == 0).all()
+    changed = (harness.pool.tensor != before).flatten(0, 1).any(0).flatten(2).any(-1)
+    assert changed.sum() == 1

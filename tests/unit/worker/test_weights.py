@@ -117,6 +117,7 @@ def test_an_unknown_load_format_is_refused(model_path: Path) -> None:
         ({"vocab_size": None}, "vocab_size must be an integer"),
         ({"quantization_config": {"bits": 4}}, "quantized checkpoints"),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope scaling 'su'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "a number for factor, got None"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"dtype": "float8"}, "dtype 'float8'"),

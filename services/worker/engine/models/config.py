@@ -132,8 +132,7 @@ def _parse_scaling(raw: Json, settings: Json) -> RopeScaling | None:
     factor = settings.get("factor")
     if factor is None and kind == "yarn":
         factor = max_positions / original
-    if not isinstance(factor, int | float):
-        raise ValueError(f"config.json: rope scaling {kind!r} needs a factor, got {factor!r}")
+    factor = _number({"factor": factor}, "factor")
     if kind in ("linear", "dynamic"):
         return RopeScaling(kind=kind, factor=factor, original_context=max_positions)
     if kind == "llama3":
@@ -141,8 +140,8 @@ def _parse_scaling(raw: Json, settings: Json) -> RopeScaling | None:
             kind=kind,
             factor=factor,
             original_context=original,
-            low_freq_factor=float(settings["low_freq_factor"]),
-            high_freq_factor=float(settings["high_freq_factor"]),
+            low_freq_factor=_number(settings, "low_freq_factor"),
+            high_freq_factor=_number(settings, "high_freq_factor"),
         )
     if kind == "yarn":
         return RopeScaling(
@@ -158,6 +157,13 @@ def _parse_scaling(raw: Json, settings: Json) -> RopeScaling | None:
         f"config.json: rope scaling {kind!r} is not supported; "
         "supported: default, linear, dynamic, llama3, yarn"
     )
+
+
+def _number(settings: Json, name: str) -> float:
+    value = settings.get(name)
+    if not isinstance(value, int | float):
+        raise ValueError(f"config.json: rope scaling needs a number for {name}, got {value!r}")
+    return float(value)
 
 
 def _yarn_attention_factor(settings: Json, factor: float) -> float | None:

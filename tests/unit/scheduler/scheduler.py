@@ -1,0 +1,92 @@
+"""The scheduler without its service, for tests of placement."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from services.scheduler.endpoints import Registration, WorkerTable
+from services.scheduler.index_client import WorkerMatch
+from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.overlay import PredictionOverlay
+from services.scheduler.placement import Placer
+from services.scheduler.policies import make_policy
+from services.scheduler.pools import Pool, PoolSet
+from services.scheduler.queue import Ticket
+from services.scheduler.reservations import ReservationBook
+from services.scheduler.views import WorkerView
+from tests.unit.scheduler.build import (
+    Clock,
+    make_identity,
+    make_registration,
+    make_request,
+    make_worker,
+)
+
+WORKER_WAIT_S = 2.0
+
+
+@dataclass
+class Scheduler:
+    """A placer with real tables and a clock that is moved by hand."""
+
+    clock: Clock
+    pools: PoolSet
+    table: WorkerTable
+    metrics: SchedulerMetrics
+    placer: Placer
+
+    @property
+    def pool(self) -> Pool:
+        return self.pools.pools[0]
+
+    def register(self, worker_id: str, **changes: Any) -> Registration:
+        registration = make_registration(make_worker(worker_id, **changes), self.pool)
+        self.placer.register(registration, make_identity())
+        return registration
+
+    def schedule(
+        self,
+        name: str,
+        matches: tuple[WorkerMatch, ...] = (),
+        remaining_s: float | None = None,
+        **changes: Any,
+    ) -> Ticket:
+        ticket, _ = self.placer.open_ticket(make_request(name, **changes), remaining_s)
+        self.placer.enqueue(ticket, matches)
+        return ticket
+
+    def deliver(self, ticket: Ticket) -> None:
+        ticket.is_delivered = True
+        self.placer.leave(ticket)
+
+    def view(self, worker_id: str) -> WorkerView:
+        view = self.table.get(worker_id)
+        assert view is not None
+        return view
+
+    @property
+    def balance(self) -> float:
+        return self.metrics.value("reservations_charged")
+
+
+def make_scheduler() -> Scheduler:
+    clock, pools, metrics = Clock(), PoolSet(), SchedulerMetrics()
+    rng = random.Random(1)
+    table = WorkerTable(3.0)
+    placer = Placer(
+        table,
+        pools,
+        make_policy("prefix_load", rng),
+        ReservationBook(table, rng),
+        PredictionOverlay(clock()),
+        metrics,
+        clock,
+        max_queued=4,
+        worker_wait_s=WORKER_WAIT_S,
+    )
+    return Scheduler(clock, pools, table, metrics, placer)
+
+
+def worker_of(ticket: Ticket) -> str:
+    assert ticket.reservation is not None, ticket.error
+    return ticket.reservation.worker.worker_id
