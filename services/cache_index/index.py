@@ -33,6 +33,8 @@ _NUM_SHARDS = 256
 _SHARD = _NUM_SHARDS - 1
 # Pages of one shard looked at before the sweep goes to the next.
 _SWEEP_PAGES = 64
+# Pages looked at in one call before it spares no page for having been stored again.
+_PATIENCE_PAGES = 8192
 # Walking this many pages takes as long as finding one drop by bisection.
 _PAGES_A_DROP = 32
 # Sets of holders whose names are remembered.
@@ -368,9 +370,11 @@ class PrefixIndex:
         The sweep is a clock (Corbato 1968) over pages in the order they were stored, shard by
         shard: a page with children or stored again since goes to the end of the order; a leaf is
         dropped together with its ancestors up to the first that has another child or was stored
-        again. Each page passed this way is dropped with its branch, so a drop costs O(1) pages
-        over time.
+        again. Pages passed this way go with their branch, so a drop costs O(1) pages over time.
+        One call spares only so many pages for having been stored again, so that it ends soon.
         """
+        spared = _NUM_CHILDREN | _STORED_AGAIN
+        num_seen = 0
         while self.num_prefixes > self.max_prefixes:
             index = self._sweep_shard
             values, parents = self._values[index], self._parents[index]
@@ -378,16 +382,20 @@ class PrefixIndex:
                 value = values.get(page)
                 if value is None:
                     continue
-                if value & (_NUM_CHILDREN | _STORED_AGAIN):
+                if value & spared:
                     values[page] = value & ~_STORED_AGAIN
                     parents[page] = parents.pop(page)
                 elif self.num_prefixes > self.max_prefixes:
-                    self._drop_branch(page, value)
+                    self._drop_branch(page, value, spared)
             self._sweep_shard = (index + 1) % _NUM_SHARDS
+            num_seen += _SWEEP_PAGES
+            if num_seen > _PATIENCE_PAGES:
+                spared = _NUM_CHILDREN
 
-    def _drop_branch(self, page: int, value: int) -> None:
-        while not value & (_NUM_CHILDREN | _STORED_AGAIN):
-            self._uncount(value)
+    def _drop_branch(self, page: int, value: int, spared: int) -> None:
+        """Drop a leaf, and its ancestors up to the first whose value has a bit of `spared`."""
+        while not value & spared:
+            self._uncount(value & -_HELD)
             self.num_dropped += 1
             page = self._erase(page)
             if page == ROOT_HASH:

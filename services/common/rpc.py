@@ -64,6 +64,9 @@ def open_channel(address: str) -> aio.Channel:
 class StatusInterceptor(aio.ServerInterceptor):
     """Turns `RhizomeError` into its status and anything else into INTERNAL without detail."""
 
+    def __init__(self) -> None:
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
     async def intercept_service(  # type: ignore[override]  # the stub's type variables fit no wrapper
         self,
         continuation: Callable[
@@ -71,39 +74,44 @@ class StatusInterceptor(aio.ServerInterceptor):
         ],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return None
         method = str(handler_call_details.method)
-        inner = (
-            handler.stream_stream
-            or handler.unary_stream
-            or handler.stream_unary
-            or handler.unary_unary
-        )
-        # A whole request is parsed inside the error mapping: malformed bytes are the caller's.
-        deserialize = handler.request_deserializer
-        parse = _identity if handler.request_streaming else _parser(deserialize)
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler: Any = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            wrapped = self._wrapped[method] = _wrap(handler, method)
+        return wrapped
 
-        async def stream(request: Any, context: Any) -> None:
-            async with _abort_on_error(context, method):
-                result = inner(parse(request), context)
-                if hasattr(result, "__aiter__"):
-                    async for response in result:
-                        await context.write(response)
-                else:
-                    await result
 
-        async def unary(request: Any, context: Any) -> Any:
-            async with _abort_on_error(context, method):
-                return await inner(parse(request), context)
+def _wrap(handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """`handler` with errors mapped; made once a method, because this runs for every call."""
+    inner = (
+        handler.stream_stream or handler.unary_stream or handler.stream_unary or handler.unary_unary
+    )
+    # A whole request is parsed inside the error mapping: malformed bytes are the caller's.
+    deserialize = handler.request_deserializer
+    parse = _identity if handler.request_streaming else _parser(deserialize)
 
-        factory = _FACTORIES[bool(handler.request_streaming), bool(handler.response_streaming)]
-        return factory(
-            stream if handler.response_streaming else unary,
-            deserialize if handler.request_streaming else None,
-            handler.response_serializer,
-        )
+    async def stream(request: Any, context: Any) -> None:
+        async with _abort_on_error(context, method):
+            result = inner(parse(request), context)
+            if hasattr(result, "__aiter__"):
+                async for response in result:
+                    await context.write(response)
+            else:
+                await result
+
+    async def unary(request: Any, context: Any) -> Any:
+        async with _abort_on_error(context, method):
+            return await inner(parse(request), context)
+
+    factory = _FACTORIES[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return factory(
+        stream if handler.response_streaming else unary,
+        deserialize if handler.request_streaming else None,
+        handler.response_serializer,
+    )
 
 
 # By (request is a stream, response is a stream).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +46,8 @@ class GatewayConfig:
     shutdown_grace_s: float = 30.0
     """Time that running requests get to finish after SIGTERM."""
 
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious log line that is printed."""
 
     parent_pid: int | None = None
     """Die when this process, the parent, dies."""

@@ -16,6 +16,8 @@ from services.common.errors import RhizomeError
 
 # Choices a request may ask for.
 MAX_CHOICES = 128
+# OpenAI's stand-in for minus infinity, which JSON cannot carry.
+MIN_LOGPROB = -9999.0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from services.common import process
 from services.common.config import parse_config
@@ -18,7 +19,10 @@ def main() -> None:
     if config.parent_pid is not None:
         process.die_with_parent(config.parent_pid)
     configure_logging("gateway", config.log_level)
-    process.run(_serve(config))
+    try:
+        process.run(_serve(config))
+    except OSError as error:
+        sys.exit(f"gateway: {error}")
 
 
 async def _serve(config: GatewayConfig) -> None:

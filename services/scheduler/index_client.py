@@ -21,8 +21,8 @@ from services.scheduler.metrics import SchedulerMetrics
 logger = logging.getLogger(__name__)
 
 MATCH_DEADLINE_S = 0.02
-# While an answer is under way, chains collect this long for the next question.
-_WINDOW_S = 0.001
+# While an answer is under way, chains collect for the next question: until it comes, or this long.
+_WINDOW_S = 0.004
 _FAILURES_TO_SKIP = 3
 _PROBE_INTERVAL_S = 1.0
 _MAX_CHAINS = 256
@@ -55,6 +55,7 @@ class IndexClient:
         self._metrics = metrics
         self._deadline_s = deadline_s
         self._questions: list[_Question] = []
+        self._collecting_since = 0.0
         self._timer: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_asking = 0
@@ -74,6 +75,8 @@ class IndexClient:
             return ()
         loop = asyncio.get_running_loop()
         question = _Question(prefix_hashes, loop.create_future())
+        if not self._questions:
+            self._collecting_since = loop.time()
         self._questions.append(question)
         if len(self._questions) >= _MAX_CHAINS:
             self._ask()
@@ -100,18 +103,20 @@ class IndexClient:
         questions = [question for question in self._questions if not question.answer.done()]
         self._questions = []
         if questions:
-            task = asyncio.create_task(self._answer(questions))
+            waited_s = asyncio.get_running_loop().time() - self._collecting_since
+            timeout_s = max(0.0, self._deadline_s - waited_s)
+            task = asyncio.create_task(self._answer(questions, timeout_s))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, questions: list[_Question]) -> None:
+    async def _answer(self, questions: list[_Question], timeout_s: float) -> None:
         request = MatchPrefixRequest(
             chains=[HashChain(prefix_hashes=question.prefix_hashes) for question in questions]
         )
         answers: list[tuple[WorkerMatch, ...]] = []
         self._num_asking += 1
         try:
-            response = await self._stub.MatchPrefix(request, timeout=self._deadline_s)
+            response = await self._stub.MatchPrefix(request, timeout=timeout_s)
             answers = [_worker_matches(match) for match in response.matches]
             self._num_failures = 0
         except aio.AioRpcError as error:

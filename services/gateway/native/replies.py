@@ -10,7 +10,7 @@ import msgspec
 
 from rhizome.common.v1.finish_reason_pb2 import FINISH_REASON_STOP
 from services.gateway.exchange import EventStream
-from services.gateway.generation import Choice, LogprobRows
+from services.gateway.generation import MIN_LOGPROB, Choice, LogprobRows
 from services.gateway.listeners import PieceQueue
 from services.gateway.pipeline import Generation
 from services.gateway.tokenizers import TokenizerPool
@@ -191,7 +191,7 @@ def _finish(choice: Choice) -> dict[str, Any]:
 
 def _entry(logprob: float, token_id: int, pieces: Mapping[int, bytes] | None) -> list[Any]:
     return [
-        None if math.isnan(logprob) else logprob,
+        None if math.isnan(logprob) else max(logprob, MIN_LOGPROB),
         token_id,
         None if pieces is None else pieces[token_id].decode("utf-8", "replace"),
     ]

@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from services.gateway.generation import LogprobRows
-
-# OpenAI's stand-in for minus infinity, which JSON cannot carry.
-_MIN_LOGPROB = -9999.0
+from services.gateway.generation import MIN_LOGPROB, LogprobRows
 
 
 def ids_of(rows: LogprobRows, start: int, stop: int) -> list[int]:
@@ -124,4 +121,4 @@ def _num_characters(piece: bytes) -> int:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, _MIN_LOGPROB)
+    return max(logprob, MIN_LOGPROB)

@@ -201,6 +201,18 @@ def test_the_bound_prefers_pages_stored_again_by_another_worker() -> None:
     assert [matched(index, chain).get("b", (0,))[0] for chain in popular] == [20] * 5
 
 
+def test_the_bound_holds_where_every_page_was_stored_again() -> None:
+    index = PrefixIndex(20_000)
+    holders = [index.add_holder("a", 1), index.add_holder("b", 2)]
+    for i in range(1500):
+        chain = [1_000_003 * (20 * i + j + 1) for j in range(20)]
+        for holder in holders:
+            index.store(holder, GPU, ROOT_HASH, chain)
+        assert index.num_prefixes <= 20_000
+    index.check()
+    assert matched(index, chain) == {"a": (20, 20, 20), "b": (20, 20, 20)}
+
+
 def test_a_single_chain_longer_than_the_bound_is_survived() -> None:
     index = PrefixIndex(50)
     a = index.add_holder("a", 1)

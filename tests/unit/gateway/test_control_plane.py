@@ -1,0 +1,46 @@
+"""The worker table: models by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from rhizome.common.v1.pool_identity_pb2 import PoolIdentity
+from rhizome.scheduler.v1.scheduler_service_pb2 import (
+    WORKER_STATE_READY,
+    WORKER_STATE_SUSPECT,
+    Pool,
+    WorkerEntry,
+)
+from services.common.errors import InvalidRequestError, NotFoundError, UnavailableError
+from services.gateway.control_plane import WorkerTable
+
+
+def pool(name: str, *states: int) -> Pool:
+    made = Pool(identity=PoolIdentity(served_model_name=name), context_length=10, vocab_size=5)
+    for state in states:
+        made.workers.add(state=state)  # type: ignore[arg-type]
+    return made
+
+
+def test_default_means_the_only_model() -> None:
+    table = WorkerTable()
+    with pytest.raises(UnavailableError):
+        table.model("default")
+    table.update([pool("a")])
+    for name in ("a", "default", ""):
+        assert table.model(name).name == "a"
+    with pytest.raises(NotFoundError):
+        table.model("b")
+    table.update([pool("a"), pool("b")])
+    assert table.model("b").name == "b"
+    with pytest.raises(InvalidRequestError):
+        table.model("default")
+
+
+def test_a_table_is_ready_with_one_ready_worker() -> None:
+    table = WorkerTable()
+    table.update([pool("a", WORKER_STATE_SUSPECT)])
+    assert not table.has_ready_worker()
+    table.update([pool("a", WORKER_STATE_SUSPECT, WORKER_STATE_READY)])
+    assert table.has_ready_worker()
+    assert [type(worker) for worker in table.workers("a")] == [WorkerEntry] * 2
