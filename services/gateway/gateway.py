@@ -21,7 +21,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
 from services.gateway.serving import Limits, Serving
 from services.gateway.tokenizers import TokenizerPool
-from services.gateway.worker_sessions import WorkerSessions
+from services.gateway.worker_pool import WorkerSessions
 
 _READINESS_INTERVAL_S = 0.2
 

@@ -35,8 +35,10 @@ from services.gateway.generation import (
     Prompt,
 )
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.model_limits import check_token_ids, check_vocabulary, fit_context
 from services.gateway.tokenizers import TokenizerPool
-from services.gateway.worker_sessions import WorkerSession, WorkerSessions, remaining_time
+from services.gateway.worker_pool import WorkerSessions
+from services.gateway.worker_sessions import WorkerSession, remaining_time
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +89,10 @@ class Pipeline:
         page_size = model.identity.page_size
         by_namespace: dict[str, list[int]] = {}
         for index, spec in enumerate(specs):
-            _check_vocabulary(spec, model)
+            check_vocabulary(spec, model)
             namespace = cache_namespace(model.identity.model_revision, salt=spec.cache_salt)
             if spec.input is None:
-                _check_token_ids(spec.token_ids, model, spec.input_param)
+                check_token_ids(spec.token_ids, model, spec.input_param)
                 hashes = prefix_hashes(spec.token_ids, page_size, namespace)
                 prompts[index] = Prompt(
                     spec=spec,
@@ -122,7 +124,7 @@ class Pipeline:
                 )
         prepared = [prompt for prompt in prompts if prompt is not None]
         for prompt in prepared:
-            _fit_context(prompt, model)
+            fit_context(prompt, model)
         return prepared
 
     def admit(self, num_prompts: int) -> None:
@@ -386,60 +388,3 @@ def _output_rows(options: LogprobOptions | None, prompt_len: int) -> LogprobRows
     if options is None or not options.output:
         return None
     return LogprobRows(prompt_len, len(options.token_ids))
-
-
-def _check_vocabulary(spec: GenerationSpec, model: ServedModel) -> None:
-    """Ids in parameters must name tokens."""
-    limit = model.vocab_size
-    if not limit:
-        return
-    named = (
-        ("stop_token_ids", spec.sampling.stop_token_ids),
-        ("logit_bias", spec.sampling.logit_bias_ids),
-        ("token_ids_logprob", spec.logprobs.token_ids if spec.logprobs is not None else ()),
-    )
-    for param, ids in named:
-        if ids and max(ids) >= limit:
-            raise InvalidRequestError(
-                f"{param}: token id {max(ids)} is not in the vocabulary of {limit} tokens", param
-            )
-
-
-def _check_token_ids(ids: Sequence[int], model: ServedModel, param: str) -> None:
-    if ids and model.vocab_size and max(ids) >= model.vocab_size:
-        raise InvalidRequestError(
-            f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param
-        )
-
-
-def _fit_context(prompt: Prompt, model: ServedModel) -> None:
-    """The prompt must leave room for a token; the limit on output becomes what fits."""
-    spec, length = prompt.spec, len(prompt.token_ids)
-    if length == 0:
-        raise InvalidRequestError("the prompt is empty: it has no tokens", spec.input_param)
-    sampling = spec.sampling
-    wants_output = not sampling.HasField("max_new_tokens") or sampling.max_new_tokens > 0
-    room = model.context_length - length
-    if room < (1 if wants_output else 0):
-        raise InvalidRequestError(
-            f"This model's maximum context length is {model.context_length} tokens, but the "
-            f"prompt has {length} tokens" + (" and leaves no room for output" if room == 0 else ""),
-            spec.input_param,
-        )
-    if not sampling.HasField("max_new_tokens") or sampling.max_new_tokens > room:
-        sampling.max_new_tokens = room
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        raise InvalidRequestError(
-            f"the minimum of {sampling.min_new_tokens} new tokens exceeds the "
-            f"{sampling.max_new_tokens} that may be produced",
-            "min_tokens",
-        )
-    if spec.logprobs is not None and spec.logprobs.HasField("prompt_start"):
-        if spec.logprobs.prompt_start > length:
-            raise InvalidRequestError(
-                f"logprob_start_len is {spec.logprobs.prompt_start}, but the prompt has "
-                f"{length} tokens",
-                "logprob_start_len",
-            )
-        if spec.logprobs.prompt_start == length:
-            spec.logprobs.ClearField("prompt_start")

@@ -56,7 +56,6 @@ _SILENCE_S = 2.0
 # An engine that is busy with the same step for longer than both of these is hung.
 _HUNG_STEP_S = 30.0
 _HUNG_STEP_FACTOR = 50
-_CHECK_INTERVAL_S = 0.5
 
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
 
@@ -356,47 +355,6 @@ class WorkerSession:
             )
         for handle in list(self._choices):
             self._lose(handle, error)
-
-
-class WorkerSessions:
-    """All sessions of this gateway, by worker address and epoch; opened when first needed."""
-
-    def __init__(self, gateway_id: str, tokenizers: TokenizerPool) -> None:
-        self._gateway_id = gateway_id
-        self._tokenizers = tokenizers
-        self._handles = itertools.count(1)
-        self._sessions: dict[tuple[str, int], WorkerSession] = {}
-
-    def session(self, worker_id: str, address: str, epoch: int) -> WorkerSession:
-        """The live session with this epoch of the worker."""
-        key = (address, epoch)
-        session = self._sessions.get(key)
-        if session is None or session.dead:
-            session = WorkerSession(
-                self._gateway_id, worker_id, address, epoch, self._tokenizers, self._handles
-            )
-            self._sessions[key] = session
-        return session
-
-    def num_choices(self, worker_id: str) -> int:
-        """Sequences this gateway runs on a worker."""
-        return sum(s.num_choices for s in self._sessions.values() if s.worker_id == worker_id)
-
-    async def watch(self) -> None:
-        """Check every session now and then and drop the dead ones, for ever."""
-        while True:
-            await asyncio.sleep(_CHECK_INTERVAL_S)
-            now = time.monotonic()
-            for key, session in list(self._sessions.items()):
-                session.check(now)
-                if session.dead and not session.num_open_texts:
-                    del self._sessions[key]
-                    await session.aclose()
-
-    async def aclose(self) -> None:
-        sessions = list(self._sessions.values())
-        self._sessions.clear()
-        await asyncio.gather(*(session.aclose() for session in sessions))
 
 
 def remaining_time(deadline: float | None) -> Duration | None:
