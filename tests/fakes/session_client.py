@@ -120,7 +120,8 @@ class SessionClient:
     async def ended(self, handles: Sequence[int] | None = None) -> None:
         """Wait until these handles, or all, have their end."""
         waited = self.handles.values() if handles is None else [self.handles[h] for h in handles]
-        await asyncio.gather(*(entry.ended.wait() for entry in list(waited)))
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(entry.ended.wait() for entry in list(waited)))
 
     async def _read(self) -> None:
         with contextlib.suppress(aio.AioRpcError):

@@ -20,6 +20,7 @@ from tests.fakes.fake_engine import FakeEngine
 from tests.fakes.session_client import SessionClient
 
 EPOCH = 77
+_PATIENCE_S = 30.0
 IDENTITY = WorkerIdentity(
     worker_id="worker",
     epoch=EPOCH,
@@ -75,17 +76,19 @@ async def running_bench(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Poll; the test's own time limit ends a wait in vain."""
-    while not condition():
-        await asyncio.sleep(0.005)
+    """Poll; a wait in vain ends with TimeoutError."""
+    async with asyncio.timeout(_PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 async def until_idle(bench: Bench) -> pb.WorkerLoad:
     """Wait until nothing is left, as the leak check sees it."""
-    while True:
-        load = (await bench.info()).load
-        if not (load.num_sessions or load.num_handles or load.num_running or load.num_waiting):
-            assert load.num_free_pages == bench.engine.scheduler.num_pages
-            assert not len(bench.worker.replica.router)
-            return load
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(_PATIENCE_S):
+        while True:
+            load = (await bench.info()).load
+            if not (load.num_sessions or load.num_handles or load.num_running or load.num_waiting):
+                assert load.num_free_pages == bench.engine.scheduler.num_pages
+                assert not len(bench.worker.replica.router)
+                return load
+            await asyncio.sleep(0.01)

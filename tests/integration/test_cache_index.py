@@ -52,6 +52,7 @@ class System:
     async def match(self, chain: list[int]) -> dict[str, tuple[int, int, int]]:
         request = pb.MatchPrefixRequest(chains=[pb.HashChain(prefix_hashes=chain)])
         [match] = (await self.stub.MatchPrefix(request)).matches
+        assert len(match.worker_ids) == len(set(match.worker_ids)) == len(match.epochs)
         pages = zip(match.gpu_pages, match.host_pages, match.remote_pages, strict=True)
         return dict(zip(match.worker_ids, pages, strict=True))
 
@@ -201,6 +202,24 @@ async def test_a_worker_in_no_table_any_more_is_scrubbed_after_the_linger() -> N
         running.cancel()
         await asyncio.wait([running])
         assert index.match(CHAIN).worker_ids == []
+
+
+async def test_a_worker_missing_for_a_moment_keeps_its_pages() -> None:
+    index = PrefixIndex(1000)
+    discovery = Discovery(index, (), linger_s=60)
+    running = asyncio.create_task(discovery.run())
+    async with mock_worker() as a:
+        a.cache.use(CHAIN)
+        discovery.set_table("scheduler", [("a", a.address)])
+        await until(lambda: index.match(CHAIN).worker_ids)
+        follower = discovery.followers["a", a.address]
+        discovery.set_table("scheduler", [])
+        await asyncio.sleep(0.05)
+        discovery.set_table("scheduler", [("a", a.address)])
+        assert discovery.followers["a", a.address] is follower
+        assert list(index.match(CHAIN).gpu_pages) == [5]
+        running.cancel()
+        await asyncio.wait([running])
 
 
 @dataclasses.dataclass

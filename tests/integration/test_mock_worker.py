@@ -23,7 +23,7 @@ from services.common.rpc import open_channel
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import running_scheduler
 from tests.fakes.mock_worker import MockWorker, MockWorkerConfig, running_mock_worker
-from tests.fakes.session_client import SessionClient, make_submit
+from tests.fakes.session_client import Received, SessionClient, make_submit
 
 FAST = MockWorkerConfig(step_ms=1, vocab_size=1000)
 PROMPT = list(range(10, 60))
@@ -58,6 +58,11 @@ async def until(condition: object) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def drain(call: aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]) -> None:
+    while await call.read() is not aio.EOF:
+        pass
 
 
 async def test_every_handle_gets_its_own_tokens_one_admission_and_one_end() -> None:
@@ -226,6 +231,32 @@ async def test_a_resumed_session_goes_on_without_gap_or_repeat() -> None:
         assert b.worker.engine.num_running == 0
 
 
+async def test_a_resume_goes_on_from_what_was_received_not_from_what_was_sent() -> None:
+    async with bench() as b:
+        await b.client.open()
+        await b.client.submit(make_submit(1, PROMPT, max_new_tokens=20))
+        await b.client.ended()
+        await b.client.break_off()
+        b.client.handles.clear()
+        again = Received(first_offset=7)
+        b.client.handles[1] = again
+        await b.client.resume([1])
+        await b.client.ended()
+        assert again.ids == b.expected(PROMPT, 20)[7:]
+
+
+async def test_an_end_of_sequence_id_ends_a_sequence_unless_it_is_ignored() -> None:
+    async with bench(eos_token_id=(30,)) as b:
+        await b.client.open()
+        obeying = make_submit(1, PROMPT, max_new_tokens=1000)
+        obeying.sampling.ignore_eos = False
+        await b.client.submit(obeying, make_submit(2, PROMPT, max_new_tokens=1000))
+        await b.client.ended()
+        assert b.client.handles[1].ids[-1] == 30
+        assert b.client.handles[1].ids.count(30) == 1
+        assert len(b.client.handles[2].ids) == 1000
+
+
 async def test_a_resume_of_an_unknown_session_or_handle_says_so() -> None:
     async with bench() as b:
         assert not (
@@ -257,8 +288,7 @@ async def test_a_reader_without_progress_loses_its_session() -> None:
         await until(lambda: len(b.worker.sessions) == 0)
         assert b.worker.engine.num_running == 0
         with pytest.raises(aio.AioRpcError) as end:
-            while await b.client.call.read() is not aio.EOF:
-                pass
+            await drain(b.client.call)
         assert end.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

@@ -297,23 +297,27 @@ async def test_heartbeats_tell_a_hung_engine_from_an_idle_one(bench: Bench) -> N
 
 
 async def test_a_stopped_reader_is_closed_and_others_go_on() -> None:
-    async with running_bench(tokens_per_step=1000, context_length=1_000_000) as bench:
+    async with running_bench(context_length=1_000_000, num_pages=100_000) as bench:
         bench.engine.step_s = 0.002
         stuck, other = bench.client("stuck"), bench.client("other")
         await stuck.open(read=False)
         await other.open()
-        await stuck.submit(
-            *(make_submit(handle, PROMPT, max_new_tokens=300_000) for handle in range(2))
-        )
+        # Some 10 MB of log-probabilities each, then ids for as long as nobody stops them.
+        options = logprobs_pb2.LogprobOptions(num_top=64, prompt_start=0)
+        prompt = [1] * 20_000
+        for handle in range(2):
+            await stuck.submit(
+                make_submit(handle, prompt, max_new_tokens=900_000, logprobs=options)
+            )
         (session,) = [s for s in bench.worker.sessions if s.name[1] == "stuck"]
         call = session.call
         assert call is not None
         await until(lambda: call.write_began is not None and session.has_unsent)
-        (received,) = await other.submit(make_submit(1, PROMPT, max_new_tokens=20_000))
+        (received,) = await other.submit(make_submit(1, PROMPT, max_new_tokens=150))
         # The reader's own status stays unread; the worker frees the session all the same.
         await until(lambda: session.call is None)
         await other.ended()
-        assert received.ids == expected_output(PROMPT, 20_000)
+        assert received.ids == expected_output(PROMPT, 150)
         await until(lambda: bench.worker.replica.load.num_running == 0)
         assert (await bench.info()).load.num_sessions == 1
         with pytest.raises(aio.AioRpcError):
