@@ -28,7 +28,7 @@ class WorkerConfig:
     served_model_name: str | None = None
     """Name that clients use as `model`. Default: the model directory's name."""
 
-    listen: str = "127.0.0.1:30020"
+    listen: str = "localhost:30040"
     """gRPC target to bind: `host:port` (port 0 picks one) or `unix:/path`."""
 
     advertise_address: str | None = None

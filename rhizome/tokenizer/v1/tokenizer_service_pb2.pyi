@@ -60,7 +60,8 @@ class TokenizeInput(_message.Message):
     text: _builtins.str
     add_special_tokens: _builtins.bool
     """Let the tokenizer add its own special tokens (such as a leading BOS).
-    Default: true for text, false for chat, whose template writes them.
+    Default: true for text; for chat false where the template writes them, as
+    the model's own does, and true for SGLang's conversation templates.
     """
     @_builtins.property
     def chat(self) -> Global___ChatInput: ...
@@ -280,6 +281,8 @@ Global___DecodedText: _TypeAlias = DecodedText  # noqa: Y015
 class StreamTextRequest(_message.Message):
     """StreamTextRequest is one message of a text session. A session belongs to one
     call; handles are chosen by the caller, only increase and are never reused.
+    Ids and finishes of a handle that has ended (at a stop string, say) are
+    ignored; those of a handle never opened get an error entry.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -297,7 +297,8 @@ Global___SessionOpened: _TypeAlias = SessionOpened  # noqa: Y015
 class StepFrame(_message.Message):
     """StepFrame is what happened to a session's sequences since the last frame:
     one engine step, or several merged for a slow reader. Entry i of the packed
-    arrays belongs to handles[i]. Exactly one finish or error ends each handle.
+    arrays belongs to handles[i]. Exactly one finish or error ends each handle; a
+    sequence's last ids and its finish come in the same frame.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
