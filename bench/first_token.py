@@ -37,23 +37,22 @@ def main() -> None:
 def measure(system: System, number: int) -> list[dict[str, float]]:
     """One row of hop times in milliseconds a request, each with a prompt of its own."""
     rows = []
-    with system.openai as client:
-        for index in range(number):
-            started = time.perf_counter()
-            first = 0.0
-            trace: dict[str, Any] = {}
-            chunks = client.chat.completions.create(
-                model="default",
-                messages=[{"role": "user", "content": f"What is {index % 50} plus {index // 50}?"}],
-                temperature=0,
-                stream=True,
-                extra_headers={"x-rhizome-trace": "1"},
-            )
-            for chunk in chunks:
-                trace = (chunk.model_extra or {}).get("rhizome") or trace
-                if not first and chunk.choices and chunk.choices[0].delta.content:
-                    first = time.perf_counter() - started
-            rows.append(_row(trace, first * 1000))
+    for index in range(number):
+        started = time.perf_counter()
+        first = 0.0
+        trace: dict[str, Any] = {}
+        chunks = system.openai.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": f"What is {index % 50} plus {index // 50}?"}],
+            temperature=0,
+            stream=True,
+            extra_headers={"x-rhizome-trace": "1"},
+        )
+        for chunk in chunks:
+            trace = (chunk.model_extra or {}).get("rhizome") or trace
+            if not first and chunk.choices and chunk.choices[0].delta.content:
+                first = time.perf_counter() - started
+        rows.append(_row(trace, first * 1000))
     return rows
 
 

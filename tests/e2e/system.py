@@ -25,14 +25,11 @@ class System:
     process: subprocess.Popen[str]
     port: int
     log: list[str]
+    openai: OpenAI
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def openai(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def free_port() -> int:
@@ -74,7 +71,9 @@ def running_system(*flags: str) -> Iterator[System]:
     try:
         assert ready.wait(90), f"not ready:\n{''.join(log)}"
         assert process.poll() is None, f"ended with {process.returncode}:\n{''.join(log)}"
-        yield System(process, port, log)
+        url = f"http://127.0.0.1:{port}/v1"
+        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            yield System(process, port, log, client)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

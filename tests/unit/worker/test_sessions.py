@@ -210,6 +210,12 @@ def test_a_resume_sends_again_from_the_offsets(bench: Bench) -> None:
     assert first.num_ends == 1
     assert second.ids == [3, 2, 3]
     assert (first.admissions, second.admissions) == (1, 1)
+    bench.session.detach(bench.call)
+    assert bench.session.resume([10], [3]) == []
+    frame = bench.session.next_message(bench.attach())
+    assert frame is not None
+    assert not frame.frame.logprobs
+    assert list(frame.frame.token_ids) == [4]
 
 
 def test_a_resume_with_offsets_we_never_sent_loses_the_handle(bench: Bench) -> None:

@@ -1,0 +1,62 @@
+"""The worker's flags: SGLang's names, and what the engine is told."""
+
+from pathlib import Path
+
+import pytest
+
+from services.common.config import parse_config
+from services.worker.config import WorkerConfig
+from services.worker.engine.options import EngineOptions
+
+
+def parse(*arguments: str) -> WorkerConfig:
+    return parse_config(WorkerConfig, "worker", arguments)
+
+
+@pytest.mark.parametrize("flag", ["--tp-size", "--tp", "--tensor-parallel-size"])
+def test_sglangs_names_of_tensor_parallelism_work(flag: str) -> None:
+    assert parse(flag, "2").tp_size == 2
+
+
+def test_flags_become_the_engines_options() -> None:
+    config = parse(
+        *("--model-path", "/m/llama", "--max-total-tokens", "1000", "--page-size", "32"),
+        *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
+        *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
+    )
+    assert config.engine_options() == EngineOptions(
+        model_path=Path("/m/llama"),
+        tokenizer_path=Path("/m/llama"),
+        device="cpu",
+        dtype="bfloat16",
+        page_size=32,
+        context_length=512,
+        max_running_sequences=7,
+        chunked_prefill_size=64,
+        mem_fraction_static=0.5,
+        num_pages=31,
+    )
+    assert config.model_name == "llama"
+
+
+def test_repeated_flags_gather() -> None:
+    config = parse("--scheduler", "a:1", "--scheduler", "b:2", "--label", "zone=x", "--label", "r=")
+    assert config.scheduler == ("a:1", "b:2")
+    assert config.labels == {"zone": "x", "r": ""}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--tp-size", "0"),
+        ("--mem-fraction-static", "1.5"),
+        ("--label", "zone"),
+        ("--max-total-tokens", "3"),
+        ("--role", "none"),
+        ("--unknown", "1"),
+    ],
+)
+def test_bad_flags_exit_with_2(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse(*arguments)
+    assert raised.value.code == 2
