@@ -86,7 +86,8 @@ class Discovery:
 
     async def _watch(self, scheduler: str) -> None:
         """Take tables from one scheduler for ever."""
-        silent = False
+        # One that was never heard may just not be up yet: no news.
+        silent = True
         async with open_channel(scheduler) as channel:
             stub = SchedulerServiceStub(channel)
             while True:

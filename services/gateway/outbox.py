@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from grpc import aio
@@ -39,6 +39,11 @@ class Outbox(Generic[M]):
         self._messages.append(message)
         self._tail_ids = 0
         self._wake.set()
+
+    @property
+    def pending(self) -> Iterable[M]:
+        """Messages that were not given to a call yet."""
+        return self._messages
 
     def clear(self) -> None:
         self._messages.clear()

@@ -225,6 +225,9 @@ class WorkerSession:
                 await asyncio.gather(writer, return_exceptions=True)
 
     def _open_message(self, resume: bool) -> OpenSession:
+        # A submit that waits in the outbox is nothing the worker could have lost.
+        unsent = {submit.handle for message in self._outbox.pending for submit in message.submits}
+        resumed = [handle for handle in self._choices if handle not in unsent] if resume else []
         return OpenSession(
             gateway_id=self._gateway_id,
             session_id=self._session_id,
@@ -233,8 +236,8 @@ class WorkerSession:
                 min_revision=MIN_PROTOCOL_REVISION, max_revision=MAX_PROTOCOL_REVISION
             ),
             resume=resume,
-            resume_handles=self._choices if resume else (),
-            resume_offsets=[len(c.output_ids) for c in self._choices.values()] if resume else (),
+            resume_handles=resumed,
+            resume_offsets=[len(self._choices[handle].output_ids) for handle in resumed],
         )
 
     def _resumed(self, resumed: bool, lost_handles: Sequence[int]) -> None:

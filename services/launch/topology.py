@@ -64,6 +64,8 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
                 listen,
                 *("--listen", listen, "--worker-id", f"worker-{index}"),
                 *("--scheduler", sockets["scheduler"]),
+                # The gateway has drained before: nothing is left to wait for.
+                *("--drain-timeout-s", "1"),
                 *_worker_arguments(config),
                 grace_s=5.0,
             )
