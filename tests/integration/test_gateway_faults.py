@@ -60,6 +60,20 @@ async def test_a_broken_stream_is_resumed_without_a_second_submit() -> None:
         assert len(worker.submits) == 1
 
 
+async def test_a_request_that_comes_while_a_stream_is_broken_is_submitted_once() -> None:
+    async with gateway_stack() as stack:
+        worker = stack.workers[0]
+        worker.break_at = 4
+
+        async def later() -> httpx.Response:
+            await until(lambda: worker.break_at is None)
+            return await chat(stack)
+
+        replies = await asyncio.gather(chat(stack), later())
+        assert [text_of(reply.text) for reply in replies] == [ANSWER, ANSWER]
+        assert len(worker.submits) == 2
+
+
 async def test_a_request_goes_on_elsewhere_with_what_it_has() -> None:
     async with gateway_stack(num_workers=2) as stack:
         for worker in stack.workers:
