@@ -44,14 +44,14 @@ def parse_config(
         version_flags=[],
     )
 
-    def load(config: object = None) -> object:
-        return config_type() if config is None else config
+    def load(config: object) -> object:
+        return config
 
     # The type is known only here, so the annotation is set by hand; cyclopts wants a default
     # exactly where every field has one.
     load.__annotations__["config"] = Annotated[config_type, Parameter(name="*")]
-    if any(_is_required(field) for field in fields(config_type)):
-        load.__defaults__ = None
+    if not any(_is_required(field) for field in fields(config_type)):
+        load.__defaults__ = (config_type(),)
     app.default(load)
 
     try:

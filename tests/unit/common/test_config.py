@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# cyclopts parses dataclasses otherwise where this is loaded, as it is beside the openai client.
+import pydantic
 import pytest
 
 from services.common.config import child_environment, parse_config
+
+
+assert pydantic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
