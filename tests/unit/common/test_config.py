@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
-# cyclopts parses dataclasses otherwise where this is loaded, as it is beside the openai client.
-import pydantic
 import pytest
 
 from services.common.config import child_environment, parse_config
 
 
-assert pydantic
+# cyclopts parses dataclasses otherwise where pydantic is loaded, as it is beside the openai client.
+importlib.import_module("pydantic")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
