@@ -9,7 +9,6 @@ import pytest
 
 from services.common.config import child_environment, parse_config
 
-
 # cyclopts parses dataclasses otherwise where pydantic is loaded, as it is beside the openai client.
 importlib.import_module("pydantic")
 
