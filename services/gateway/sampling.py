@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from rhizome.common.v1.sampling_params_pb2 import SamplingParams
 from rhizome.common.v1.text_options_pb2 import TextOptions
 from services.common.errors import InvalidRequestError
+from services.common.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
 from services.gateway.generation import MAX_CHOICES
 
 MAX_TOP_LOGPROBS = 20
-MAX_STOP_STRINGS = 64
-MAX_STOP_STRING_LEN = 4096
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 _MAX_INT32 = 2**31 - 1
@@ -112,15 +111,12 @@ def text_options(
         raise InvalidRequestError(
             f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
         )
-    for string in strings:
-        if not string:
-            raise InvalidRequestError("stop must not hold an empty string", "stop")
-        if len(string) > MAX_STOP_STRING_LEN:
-            raise InvalidRequestError(
-                f"a stop string has {len(string)} characters; at most {MAX_STOP_STRING_LEN} "
-                "are allowed",
-                "stop",
-            )
+    if not all(strings):
+        raise InvalidRequestError("stop must not hold an empty string", "stop")
+    if (num_chars := sum(map(len, strings))) > MAX_STOP_CHARS:
+        raise InvalidRequestError(
+            f"stop has {num_chars} characters in all; at most {MAX_STOP_CHARS} are allowed", "stop"
+        )
     return TextOptions(
         stop=strings,
         no_stop_trim=no_stop_trim,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.common.errors import InvalidRequestError
+from services.common.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
 
-# Bounds the automaton: no sensible request comes near.
-MAX_STOPS = 64
-MAX_STOP_CHARS = 2048
+# Bounds of the automaton: the request's own and the template's.
+_MAX_STOPS = 2 * MAX_STOP_STRINGS
+_MAX_CHARS = 2 * MAX_STOP_CHARS
 
 
 class StopMatch(NamedTuple):
@@ -137,9 +138,9 @@ class StopScanner:
 def _check(stops: Sequence[str]) -> None:
     if not all(stops):
         raise InvalidRequestError("a stop string is empty", param="stop")
-    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARS:
+    if len(stops) > _MAX_STOPS or sum(map(len, stops)) > _MAX_CHARS:
         raise InvalidRequestError(
-            f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARS} characters in all, got "
+            f"at most {_MAX_STOPS} stop strings of {_MAX_CHARS} characters in all, got "
             f"{len(stops)} of {sum(map(len, stops))}",
             param="stop",
         )

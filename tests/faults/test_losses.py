@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Barrier
 
+import httpx
 import psutil
 import pytest
 
@@ -86,6 +87,13 @@ def undisturbed(pair: System, num_streams: int) -> list[Streamed]:
     return run_streams(pair, num_streams, lambda: None)
 
 
+def num_migrations(system: System) -> float:
+    """Choices that went on after their worker lost them, so far."""
+    metrics = httpx.get(f"{system.url}/metrics").text
+    name = "rhizome_gateway_migrations_total "
+    return float(next(line for line in metrics.splitlines() if line.startswith(name)).split()[1])
+
+
 def worker(system: System, index: int) -> psutil.Process:
     return service_process(system.process.pid, "services.worker", f"worker-{index}")
 
@@ -93,7 +101,9 @@ def worker(system: System, index: int) -> psutil.Process:
 def test_a_killed_worker_costs_a_pause_only(
     pair: System, num_streams: int, undisturbed: list[Streamed]
 ) -> None:
+    before = num_migrations(pair)
     assert_same(run_streams(pair, num_streams, lambda: worker(pair, 0).kill()), undisturbed)
+    assert num_migrations(pair) > before
 
 
 def test_a_killed_engine_costs_a_pause_only(
@@ -102,7 +112,9 @@ def test_a_killed_engine_costs_a_pause_only(
     def kill() -> None:
         engine_process(worker(pair, 1)).kill()
 
+    before = num_migrations(pair)
     assert_same(run_streams(pair, num_streams, kill), undisturbed)
+    assert num_migrations(pair) > before
 
 
 @pytest.mark.parametrize("module", ["services.scheduler", "services.cache_index"])

@@ -71,6 +71,7 @@ BODIES: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(stop=""), 400, "stop", "empty"),
     (CHAT, chat(stop=["a", ""]), 400, "stop", "empty"),
     (CHAT, chat(stop=["a"] * 100), 400, "stop", "64"),
+    (CHAT, chat(stop=["a" * 1500, "b" * 1500]), 400, "stop", "2048"),
     (CHAT, chat(stop=5), 400, "stop", "stop"),
     (CHAT, chat(stop_token_ids=[-1]), 400, "stop_token_ids", "-1"),
     (CHAT, chat(stop_token_ids=[10**8]), 400, "stop_token_ids", "vocabulary"),

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from services.common.errors import InvalidRequestError
-from services.tokenizer.stops import MAX_STOP_CHARS, StopAutomaton, StopScanner
+from services.common.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from services.tokenizer.stops import StopAutomaton, StopScanner
 
 SMALL = st.text("ab\n", min_size=1, max_size=4)
 
@@ -98,7 +99,9 @@ def test_a_new_scan_forgets_what_was_probed() -> None:
 
 
 @pytest.mark.parametrize(
-    "stops", [[""], ["a", ""], ["a"] * 65, ["a" * (MAX_STOP_CHARS + 1)]], ids=str
+    "stops",
+    [[""], ["a", ""], ["a"] * (2 * MAX_STOP_STRINGS + 1), ["a" * (2 * MAX_STOP_CHARS + 1)]],
+    ids=str,
 )
 def test_senseless_stop_strings_are_refused(stops: list[str]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
