@@ -248,6 +248,7 @@ def worker_info(replica: Replica, num_sessions: int, num_handles: int) -> pb.Get
         model_path=identity.model_path,
         max_top_logprobs=wire.MAX_TOP_LOGPROBS,
         load=worker_load(replica, num_sessions, num_handles),
+        refusals=[f"{address}: {reason}" for address, reason in replica.refusals.items()],
     )
     if ready is not None:
         info.context_length = ready.context_length

@@ -13,9 +13,6 @@ from services.worker.outputs import Delivery
 from services.worker.replica import Replica, worker_info
 from services.worker.session_calls import SessionTable
 
-# Trailing metadata of GetWorkerInfo: why schedulers refuse this worker.
-REFUSED_METADATA_KEY = "rhizome-refused"
-
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
     """Serves one replica. Owns nothing but the count of Generate calls under way."""
@@ -63,12 +60,6 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     async def GetWorkerInfo(
         self, request: pb.GetWorkerInfoRequest, context: Any
     ) -> pb.GetWorkerInfoResponse:
-        if self._replica.refusals:
-            reasons = "; ".join(
-                f"{address}: {reason}" for address, reason in self._replica.refusals.items()
-            )
-            ascii_reasons = reasons.encode("ascii", "replace").decode()
-            context.set_trailing_metadata(((REFUSED_METADATA_KEY, ascii_reasons),))
         num_handles = self._sessions.num_handles + self._num_generating
         return worker_info(self._replica, len(self._sessions), num_handles)
 

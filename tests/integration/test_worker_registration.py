@@ -15,7 +15,6 @@ from rhizome.scheduler.v1 import (
 )
 from rhizome.worker.v1 import worker_service_pb2 as worker_pb
 from services.common.rpc import running_server
-from services.worker.servicer import REFUSED_METADATA_KEY
 from tests.fakes.session_client import make_submit
 from tests.fakes.worker_bench import EPOCH, Bench, running_bench, until
 
@@ -176,9 +175,9 @@ async def test_a_refused_worker_says_why_and_serves_nobody() -> None:
         await until(lambda: bool(bench.worker.replica.refusals))
         while await is_serving(bench):
             await asyncio.sleep(0.01)
-        call = bench.stub.GetWorkerInfo(worker_pb.GetWorkerInfoRequest())
-        trailers = dict(await call.trailing_metadata())
-        assert "page_size is 16, the pool has 32" in trailers[REFUSED_METADATA_KEY]
+        info = await bench.stub.GetWorkerInfo(worker_pb.GetWorkerInfoRequest())
+        (refusal,) = info.refusals
+        assert "page_size is 16, the pool has 32" in refusal
 
 
 async def test_a_scheduler_that_comes_late_is_found(tmp_path: Any) -> None:

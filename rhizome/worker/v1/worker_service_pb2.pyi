@@ -697,6 +697,7 @@ class GetWorkerInfoResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     role: _worker_role_pb2.WorkerRole.ValueType
@@ -719,6 +720,12 @@ class GetWorkerInfoResponse(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why schedulers refuse this worker, one entry a scheduler; such a worker
+        serves nobody.
+        """
+
     def __init__(
         self,
         *,
@@ -739,10 +746,11 @@ class GetWorkerInfoResponse(_message.Message):
         dtype: _builtins.str = ...,
         load: Global___WorkerLoad | None = ...,
         max_top_logprobs: _builtins.int = ...,
+        refusals: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "load", b"load", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "epoch", b"epoch", "identity", b"identity", "load", b"load", "max_running_sequences", b"max_running_sequences", "max_top_logprobs", b"max_top_logprobs", "model_path", b"model_path", "num_pages", b"num_pages", "protocol", b"protocol", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "epoch", b"epoch", "identity", b"identity", "load", b"load", "max_running_sequences", b"max_running_sequences", "max_top_logprobs", b"max_top_logprobs", "model_path", b"model_path", "num_pages", b"num_pages", "protocol", b"protocol", "refusals", b"refusals", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
