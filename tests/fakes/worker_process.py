@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,13 +25,15 @@ class WorkerProcess:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.address = f"unix:{directory}/worker.sock"
         self.log = directory / "worker.log"
+        # What a killed worker leaves behind goes with `close`; socket paths must stay short.
+        self._temporary = tempfile.TemporaryDirectory(prefix="rz-")
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "services.worker", "--listen", self.address),
                     *("--parent-pid", str(os.getpid()), *arguments),
                 ],
-                env=child_environment(_ENVIRONMENT),
+                env=child_environment({**_ENVIRONMENT, "TMPDIR": self._temporary.name}),
                 stdout=log,
                 stderr=log,
             )
@@ -81,3 +84,4 @@ class WorkerProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        self._temporary.cleanup()
