@@ -31,7 +31,8 @@ async def _serve(config: GatewayConfig) -> None:
     stop = process.stop_event()
     async with running_gateway(config) as gateway:
         logger.info(
-            "event=ready http=%s:%d grpc=%s", config.host, gateway.http_port, config.grpc_listen
+            "event=ready http=%s:%d grpc=%s grpc_port=%d",
+            *(config.host, gateway.http_port, config.grpc_listen, gateway.grpc_port),
         )
         await stop.wait()
         logger.info("event=stopping inflight=%d", gateway.pipeline.num_inflight)
