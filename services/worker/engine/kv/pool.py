@@ -5,6 +5,9 @@ Shapes: N pages, P tokens a page, H this rank's key/value heads, D head size.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 
@@ -28,11 +31,8 @@ class PagePool:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.tensor = torch.zeros(
-            (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
+        self.tensor = _zeros(shape, dtype, device)
 
     def keys(self, layer: int) -> torch.Tensor:
         """[N, P, H, D]"""
@@ -41,6 +41,14 @@ class PagePool:
     def values(self, layer: int) -> torch.Tensor:
         """[N, P, H, D]"""
         return self.tensor[layer, 1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy takes zeroed memory from the kernel, so a page costs memory only once it is written.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
 def page_bytes(
