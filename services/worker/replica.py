@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Loading is logged when it is further by this much.
 _PROGRESS_STEP = 0.1
+# Of an engine's failure, callers are told so many characters: a status message travels as
+# metadata, which has to stay under 8 KiB however it is escaped.
+_MAX_REASON_CHARS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +124,16 @@ class Replica:
 
     def check_lengths(self, submit: pb.Submit) -> None:
         """Refuse a submit that cannot be taken, before all of its ids came."""
-        wire.check_lengths(submit, self._admitting())
+        try:
+            wire.check_lengths(submit, self._admitting())
+        except RhizomeError:
+            self._refuse(submit)
+            raise
+
+    def _refuse(self, submit: pb.Submit) -> None:
+        """The submit never reaches the engine: its reservation need not wait for it."""
+        self.reservations.open(submit.reservation_id)
+        self.reservations.close(submit.reservation_id)
 
     def submit(self, submit: pb.Submit, token_ids: list[int], handle: int, sink: Sink) -> OutputLog:
         """Send one sequence to the engine. Raises the leaf that says why not."""
@@ -175,7 +187,7 @@ class Replica:
         if self.failed.done():
             return
         self.failed.set_result(ReplicaFailedError(reason, permanent))
-        message = f"the engine failed: {reason}"
+        message = f"the engine failed: {reason[:_MAX_REASON_CHARS]}"
         for log in self.router.fail_all(self.step_number, UnavailableError().code, message):
             self.reservations.close(log.reservation_id)
         if self._flush is not None and not self._flush.done():

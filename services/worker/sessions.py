@@ -255,8 +255,9 @@ class Session:
         for handle in handles:
             if (log := self._logs.get(handle)) is not None:
                 logs.append(log)
-            elif handle in self._partials:
-                self._end(handle, _cancelled())
+            elif (partial := self._partials.get(handle)) is not None:
+                submit = partial.submit
+                self._end(handle, _cancelled(submit.num_token_ids - submit.prompt_len))
         self._sequences.cancel(logs)
 
     def _close(self, handle: int) -> None:
@@ -297,12 +298,12 @@ def check_open(request: pb.ConnectRequest) -> pb.OpenSession:
     return opening
 
 
-def _cancelled() -> Finish:
+def _cancelled(num_output_tokens: int) -> Finish:
     return Finish(
         key=0,
         reason="cancelled",
         matched_token_id=None,
-        num_output_tokens=0,
+        num_output_tokens=num_output_tokens,
         cached_tokens=0,
         queue_ns=0,
         prefill_ns=0,

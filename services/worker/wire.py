@@ -27,6 +27,8 @@ MAX_TOP_LOGPROBS = 64
 _MAX_STOP_TOKEN_IDS = 1024
 _MAX_NAMESPACE_BYTES = 512
 _MAX_SEED = 2**64 - 1
+# A longer time is taken for this one (a year), so that deadlines stay 64-bit numbers.
+_MAX_REMAINING_S = 365 * 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +193,8 @@ def common_revision(theirs: pool_identity_pb2.ProtocolRange) -> int:
 def _deadline_ns(submit: pb.Submit, now_ns: int) -> int | None:
     if not submit.HasField("remaining"):
         return None
-    remaining_ns = submit.remaining.seconds * 1_000_000_000 + submit.remaining.nanos
+    seconds = min(submit.remaining.seconds, _MAX_REMAINING_S)
+    remaining_ns = seconds * 1_000_000_000 + submit.remaining.nanos
     if remaining_ns <= 0:
         raise DeadlineError("its time had passed when it reached the worker")
     return now_ns + remaining_ns

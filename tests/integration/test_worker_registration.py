@@ -121,6 +121,19 @@ async def test_load_and_reservations_are_reported_on_change(
     assert running[-1].predicted_step_ns > 0
 
 
+async def test_a_submit_refused_by_its_lengths_gives_its_reservation_back(
+    bench: Bench, scheduler: ScriptedScheduler
+) -> None:
+    client = bench.client()
+    await client.open()
+    submit = make_submit(1, PROMPT, reservation_id=22)
+    submit.num_token_ids = 1
+    await client.submit(submit)
+    await client.ended()
+    await until(lambda: scheduler.ended() == [22])
+    assert scheduler.admitted() == []
+
+
 async def test_a_new_registration_hears_of_live_reservations_again(
     bench: Bench, scheduler: ScriptedScheduler
 ) -> None:

@@ -178,6 +178,21 @@ async def test_later_releases_rpcs_are_unimplemented(bench: Bench) -> None:
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_a_failure_with_a_long_reason_keeps_its_status(bench: Bench) -> None:
+    bench.engine.step_s = 0.002
+    call = bench.stub.Generate(
+        pb.GenerateRequest(submit=make_submit(0, PROMPT, max_new_tokens=4000))
+    )
+    responses = aiter(call)
+    await anext(responses)
+    bench.engine.fail("out of luck: " + "\u00e9" * 50_000)
+    with pytest.raises(aio.AioRpcError) as raised:
+        async for _ in responses:
+            pass
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "out of luck" in (raised.value.details() or "")
+
+
 async def test_a_failed_engine_fails_generate_retryably(bench: Bench) -> None:
     bench.engine.step_s = 0.002
     call = bench.stub.Generate(

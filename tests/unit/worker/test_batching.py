@@ -286,6 +286,18 @@ def test_a_sequence_past_its_deadline_fails(num_in_flight, is_running):
     engine.run()
 
 
+def test_far_deadlines_of_ended_sequences_are_forgotten(engine):
+    engine.send(make_request(1, PROMPT, max_new_tokens=90, deadline_ns=3_000_000))
+    for key in range(2, 5_000):
+        engine.send(make_request(key, [1], deadline_ns=10**18 + key))
+        engine.cancel(key)
+    engine.step()
+    assert len(engine.scheduler._deadlines) < 1_500
+    engine.clock.now = 3_000_000
+    engine.run()
+    assert engine.records[1].error.code == 4
+
+
 def test_the_newest_gives_way_and_comes_back_unchanged(num_in_flight):
     engine = EngineDriver(num_pages=16, num_in_flight=num_in_flight, growth=no_foresight())
     requests = [make_request(key, [key] * 9, max_new_tokens=40) for key in (1, 2)]
@@ -348,6 +360,15 @@ def test_a_sequence_resumed_after_its_last_token_ends_at_once(engine):
     assert engine.records[1].finish.num_output_tokens == 2
     assert engine.records[2].finish.reason == "stop"
     assert engine.records[2].finish.matched_token_id == 7
+    assert engine.runner.num_steps == 0
+
+
+def test_a_sequence_resumed_with_its_context_full_ends_at_once(num_in_flight):
+    engine = EngineDriver(context_length=30, num_in_flight=num_in_flight)
+    engine.send(make_request(1, [1] * 30, prompt_len=20, max_new_tokens=10))
+    engine.run()
+    assert engine.records[1].finish.reason == "length"
+    assert engine.records[1].finish.num_output_tokens == 10
     assert engine.runner.num_steps == 0
 
 

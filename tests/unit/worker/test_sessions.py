@@ -276,6 +276,18 @@ def test_cancelling_what_has_not_all_arrived_ends_it_once(bench: Bench) -> None:
     assert not len(bench.sequences.router)
 
 
+def test_cancelling_a_resumed_submit_that_has_not_all_arrived_counts_its_output(
+    bench: Bench,
+) -> None:
+    submit = make_submit(10, [1, 2, 3], output=[4, 5])
+    del submit.token_ids[1:]
+    (received,) = bench.submit(submit)
+    bench.session.handle(pb.ConnectRequest(cancels=[10]))
+    bench.read_all()
+    assert received.finish is not None
+    assert received.finish.num_output_tokens == 2
+
+
 def test_ids_before_their_submit_break_the_session(bench: Bench) -> None:
     with pytest.raises(SessionBrokenError):
         bench.session.handle(

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
@@ -172,6 +173,13 @@ def test_what_breaks_a_limit_is_refused_by_name(fields: dict[str, Any], param: s
 def test_a_deadline_that_has_passed_is_refused(remaining: Duration) -> None:
     with pytest.raises(DeadlineError):
         convert(make(remaining=remaining))
+
+
+def test_a_deadline_beyond_all_clocks_still_reaches_the_engine() -> None:
+    request = convert(make(remaining=Duration(seconds=2**63 - 1)))
+    assert request.deadline_ns is not None
+    assert request.deadline_ns > 86_400 * 10**9
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=Request) == request
 
 
 def test_the_highest_common_revision_is_spoken() -> None:

@@ -25,7 +25,8 @@ def reason_to_refuse(
     num_tokens = len(request.token_ids)
     if not 1 <= request.prompt_len <= num_tokens:
         return f"prompt_len must be 1 to {num_tokens}, the number of ids, got {request.prompt_len}"
-    if num_tokens >= context_length:
+    # Output of an earlier attempt may have filled the context: then it only ends here.
+    if request.prompt_len >= context_length or num_tokens > context_length:
         return (
             f"{num_tokens} tokens leave no room for output: the model's context length is "
             f"{context_length} tokens"
@@ -78,6 +79,6 @@ def finish_on_arrival(sequence: Sequence) -> ImmediateEnd | None:
     last = sequence.token_ids[-1]
     if last in sequence.stop_ids and num_output >= sampling.min_new_tokens:
         return ImmediateEnd("stop", last)
-    if num_output >= sampling.max_new_tokens:
+    if len(sequence.token_ids) >= sequence.end_len:
         return ImmediateEnd("length", None)
     return None

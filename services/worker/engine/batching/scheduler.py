@@ -39,6 +39,9 @@ from services.worker.engine.messages import LogprobRows, Request, StepOutput
 _INVALID_ARGUMENT = 3
 _DEADLINE_EXCEEDED = 4
 
+# Deadlines of ended sequences that are kept before the heap is rebuilt.
+_DEADLINE_SLACK = 1024
+
 
 class BatchScheduler:
     """Owns every live sequence: waiting, or running in a slot with all its known pages.
@@ -114,7 +117,7 @@ class BatchScheduler:
         )
         self._live[sequence.key] = sequence
         if request.deadline_ns is not None:
-            heapq.heappush(self._deadlines, (request.deadline_ns, sequence.key))
+            self._note_deadline(request.deadline_ns, sequence.key)
         self._waiting.add(sequence, self._num_uncached(sequence))
         ended = finish_on_arrival(sequence)
         if ended is not None:
@@ -344,6 +347,12 @@ class BatchScheduler:
                 self._finish(sequence, "length", None, now)
 
     # Endings
+
+    def _note_deadline(self, deadline_ns: int, key: int) -> None:
+        if len(self._deadlines) > 2 * len(self._live) + _DEADLINE_SLACK:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline_ns, key))
 
     def _expire(self, now: int) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
