@@ -92,7 +92,7 @@ def measure(runner: Runner, *, batch: int, vocab_size: int, arguments: Any) -> d
     )
     prompts = random.integers(0, vocab_size, (batch, arguments.context))
     sequences.prefill(prompts, arguments.temperature)
-    depth = runner.num_in_flight
+    depth = arguments.depth or runner.num_in_flight
     issue_ns, ended_ns = [], []
     gc.collect()
     gc.disable()
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--depth", type=int, choices=(1, 2), help="steps in flight")
     parser.add_argument("--attention-backend")
     parser.add_argument("--disable-cuda-graph", action="store_true")
     arguments = parser.parse_args()

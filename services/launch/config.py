@@ -69,6 +69,12 @@ class ServeConfig:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
+    attention_backend: str | None = None
+    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+
+    disable_cuda_graph: bool = False
+    """Launch every kernel of a decode step by itself."""
+
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""
 

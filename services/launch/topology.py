@@ -104,6 +104,7 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--dtype": config.dtype,
         "--device": config.device,
         "--load-format": config.load_format,
+        "--attention-backend": config.attention_backend,
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
@@ -112,4 +113,5 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
     ]
-    return (*_model_arguments(config), *(str(part) for part in given))
+    switches = ("--disable-cuda-graph",) if config.disable_cuda_graph else ()
+    return (*_model_arguments(config), *(str(part) for part in given), *switches)

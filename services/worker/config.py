@@ -80,7 +80,10 @@ class WorkerConfig:
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
     attention_backend: str | None = None
-    """Attention implementation. Default: the best for the device."""
+    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+
+    disable_cuda_graph: bool = False
+    """Launch every kernel of a decode step by itself."""
 
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
@@ -143,6 +146,7 @@ class WorkerConfig:
             device=self.device,
             dtype=self.dtype,
             attention_backend=self.attention_backend,
+            disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
             page_size=self.page_size,
             context_length=self.context_length,

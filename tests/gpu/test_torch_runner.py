@@ -13,7 +13,10 @@ from services.worker.engine.sampling import philox
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.fakes.step_driver import GREEDY, StepDriver
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 PROMPT = [(7 * i * i + 3 * i) % VOCAB_SIZE for i in range(37)]
 

@@ -17,6 +17,9 @@ class EngineOptions:
     dtype: str = "auto"
     """"float32", "bfloat16" or "float16"; "auto" is the checkpoint's on GPUs, float32 on CPUs."""
     attention_backend: str | None = None
+    """"flashinfer" or "torch"; None takes FlashInfer where it can run the model."""
+    disable_cuda_graph: bool = False
+    """Launch every kernel of a decode step by itself."""
     load_format: str = "safetensors"
     """"safetensors", or "dummy" for random weights in the configuration's shapes."""
     page_size: int = 16
@@ -46,3 +49,5 @@ class EnginePlan:
     max_running_sequences: int
     max_step_tokens: int
     tp_size: int
+    graph_sizes: tuple[int, ...] = ()
+    """Numbers of rows for which decode steps are captured in CUDA graphs."""

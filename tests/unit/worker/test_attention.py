@@ -56,6 +56,7 @@ class Harness:
                 slots=slots,
                 num_tokens=np.array([stop - start for _, start, stop in work], np.int32),
                 start_positions=np.array([start for _, start, _ in work], np.int32),
+                host_page_table=self.page_table.numpy(),
                 page_table=self.page_table,
                 locations=locations,
             )

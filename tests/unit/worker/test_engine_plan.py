@@ -1,5 +1,6 @@
 """What the engine decides from options, configuration and memory."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ from services.worker.engine.kv.pool import fitting_pages
 from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions
-from services.worker.engine.runner.setup import decide_num_threads, decide_plan
+from services.worker.engine.runner.graphs import decode_graph_sizes
+from services.worker.engine.runner.setup import (
+    decide_attention_backend,
+    decide_graph_sizes,
+    decide_num_threads,
+    decide_plan,
+)
 from tests.fakes.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -80,3 +87,48 @@ def test_threads_follow_the_weights() -> None:
     assert decide_num_threads(8192 * mebibyte, 16, 1) == 16
     assert decide_num_threads(8192 * mebibyte, 16, 4) == 4
     assert decide_num_threads(8192 * mebibyte, 1, 2) == 1
+
+
+def backend_of(config: ModelConfig, device: str = "cuda", has: bool = True, **changes: object):
+    return decide_attention_backend(
+        options(**changes), config, torch.device(device), has_flashinfer=has
+    )
+
+
+def test_flashinfer_is_taken_where_it_can_run_the_model(config: ModelConfig) -> None:
+    fitting = dataclasses.replace(config, head_dim=128)
+    assert backend_of(fitting, dtype="bfloat16") == "flashinfer"
+    assert backend_of(fitting, dtype="bfloat16", attention_backend="torch") == "torch"
+    assert backend_of(fitting, dtype="float32") == "torch"
+    assert backend_of(fitting, dtype="bfloat16", has=False) == "torch"
+    assert backend_of(fitting, "cpu", dtype="bfloat16") == "torch"
+    assert backend_of(config, dtype="bfloat16") == "torch"
+
+
+def test_a_wish_for_flashinfer_that_cannot_be_met_says_why(config: ModelConfig) -> None:
+    fitting = dataclasses.replace(config, head_dim=128)
+    wish = {"attention_backend": "flashinfer", "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="the device is cpu"):
+        backend_of(fitting, "cpu", **wish)
+    with pytest.raises(ValueError, match="not installed"):
+        backend_of(fitting, has=False, **wish)
+    with pytest.raises(ValueError, match="head size 16"):
+        backend_of(config, **wish)
+    with pytest.raises(ValueError, match="dtype"):
+        backend_of(fitting, **{**wish, "dtype": "float32"})
+
+
+def test_decode_graphs_cover_the_running_sequences() -> None:
+    assert decode_graph_sizes(1) == (1, 2, 4, 8)
+    assert decode_graph_sizes(17) == (1, 2, 4, 8, 16, 24)
+    assert decode_graph_sizes(1000)[-1] == 256
+
+
+def test_graphs_need_flashinfer_in_every_layer(config: ModelConfig) -> None:
+    assert decide_graph_sizes(options(), config, "flashinfer")[:4] == (1, 2, 4, 8)
+    assert decide_graph_sizes(options(), config, "torch") == ()
+    assert decide_graph_sizes(options(disable_cuda_graph=True), config, "flashinfer") == ()
+    windows = (None,) * (config.num_layers - 1) + (16,)
+    windowed = dataclasses.replace(config, sliding_windows=windows)
+    assert decide_graph_sizes(options(), windowed, "flashinfer") == ()
+    assert plan_of(config, 10**9).graph_sizes == ()

@@ -23,6 +23,7 @@ def test_flags_become_the_engines_options() -> None:
         *("--model-path", "/m/llama", "--max-total-tokens", "1000", "--page-size", "32"),
         *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
+        *("--attention-backend", "torch", "--disable-cuda-graph"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -33,6 +34,8 @@ def test_flags_become_the_engines_options() -> None:
         context_length=512,
         max_running_sequences=7,
         chunked_prefill_size=64,
+        attention_backend="torch",
+        disable_cuda_graph=True,
         mem_fraction_static=0.5,
         num_pages=31,
     )

@@ -38,7 +38,8 @@ class AttentionInputs:
     slots: Int32Array
     num_tokens: Int32Array
     start_positions: Int32Array
-    # [max slots, max pages of a sequence] on the device: page ids by slot.
+    # [max slots, max pages of a sequence] page ids by slot, on the host and on the device.
+    host_page_table: Int32Array
     page_table: torch.Tensor
     # [T] on the device, int64: where in the pool (page * page_size + offset) a token's keys go.
     locations: torch.Tensor
@@ -60,4 +61,15 @@ class AttentionBackend(Protocol):
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension.
 
         Rows beyond the planned tokens are padding: not written, and zero in the result.
+        """
+
+
+class CapturableAttention(AttentionBackend, Protocol):
+    """A backend whose decode steps can be captured in CUDA graphs."""
+
+    def plan_captured(self, inputs: AttentionInputs) -> None:
+        """Prepare for a step of rows with one token each.
+
+        `run` then reads buffers whose addresses depend on the number of rows alone, so a capture
+        of it may be replayed after a later call with as many rows.
         """

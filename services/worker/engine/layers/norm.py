@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.parameters import Placement
 
 
@@ -19,6 +20,7 @@ class RmsNorm:
         self._eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
+        self._fused = fused_kernels(placement.device, placement.dtype)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {f"{self._name}.weight": self._shape}
@@ -28,6 +30,8 @@ class RmsNorm:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] -> [..., E]"""
+        if self._fused is not None and x.ndim == 2:
+            return self._fused.rms_norm(x, self.weight, self._eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self._shape, self.weight, self._eps)
         return F.rms_norm(x.float(), self._shape, None, self._eps).to(x.dtype) * self.weight
@@ -36,5 +40,7 @@ class RmsNorm:
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum; may overwrite `x`."""
+        if self._fused is not None:
+            return self._fused.add_rms_norm(x, residual, self.weight, self._eps), x
         total = x.add_(residual)
         return self.forward(total), total

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
 from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
+from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Layer, Placement
@@ -51,6 +52,8 @@ class Attention:
         self.spec = AttentionLayer(
             index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
         )
+        fused = fused_kernels(placement.device, placement.dtype)
+        self._rotate = rotate if fused is None else fused.rotate
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
 
@@ -66,12 +69,12 @@ class Attention:
         rotated_heads = self._num_heads + self._num_kv_heads
         if self.norms is None:
             # Queries and keys lie side by side, so one rotation serves both.
-            qk = rotate(heads[:, :rotated_heads], cos, sin)
+            qk = self._rotate(heads[:, :rotated_heads], cos, sin)
         else:
             q_norm, k_norm = self.norms
             q = q_norm.forward(heads[:, : self._num_heads])
             k = k_norm.forward(heads[:, self._num_heads : rotated_heads])
-            qk = rotate(torch.cat((q, k), dim=1), cos, sin)
+            qk = self._rotate(torch.cat((q, k), dim=1), cos, sin)
         out = backend.run(
             qk[:, : self._num_heads],
             qk[:, self._num_heads :],
@@ -101,9 +104,12 @@ class Mlp:
             bias=config.mlp_bias,
             placement=placement,
         )
+        self._fused = fused_kernels(placement.device, placement.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, E] -> [T, E]"""
+        if self._fused is not None:
+            return self.down.forward(self._fused.silu_mul(self.gate_up.forward(x)))
         gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
         return self.down.forward(F.silu(gate).mul_(up))
 

@@ -1,6 +1,6 @@
 """The device's tables over slots, and a plan turned into a forward pass's inputs.
 
-Shapes: S rows of the step, T tokens, R rows that sample.
+Shapes: S rows of the step, T tokens, R rows that sample, N rows of a captured step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from services.worker.engine.attention.backend import AttentionInputs
+from services.worker.engine.attention.upload import upload, upload_into
 from services.worker.engine.batch import LAST_SAMPLED, StepPlan
 from services.worker.engine.layers.parameters import MIN_CPU_ROWS
 
@@ -31,21 +32,38 @@ class StepInputs:
     # [R] slots of the rows that sample, and positions of the tokens they get, on the host.
     sample_slots: npt.NDArray[np.int32]
     sample_positions: npt.NDArray[np.int64]
+    # [R] the same slots on the device, int64.
+    sampled_slots: torch.Tensor
+
+
+# Rows of the packed int64 tensor that a captured step reads: ids (LAST_SAMPLED where only the
+# device knows), slots, positions, pool locations.
+PACKED_ROWS = 4
 
 
 class SlotTables:
     """Owns the page table and the last sampled ids, both by slot.
 
-    The page table has a twin on the host, from which pool locations are computed.
+    The page table has a twin on the host, from which pool locations are computed. One slot more
+    than sequences can hold, `padding_slot`, stands for the padding rows of captured steps; all
+    its pages are `padding_page`.
     """
 
     def __init__(
-        self, *, num_slots: int, max_pages: int, page_size: int, device: torch.device
+        self,
+        *,
+        num_slots: int,
+        max_pages: int,
+        page_size: int,
+        padding_page: int,
+        device: torch.device,
     ) -> None:
+        self.padding_slot = num_slots
         self._page_size = page_size
         self._device = device
-        self._host_pages = np.zeros((num_slots, max_pages), np.int32)
-        self.last_ids = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._host_pages = np.zeros((num_slots + 1, max_pages), np.int32)
+        self._host_pages[num_slots] = padding_page
+        self._last_ids = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         # On a CPU both twins are the same memory.
         self._page_table = torch.from_numpy(self._host_pages).to(device)
 
@@ -60,51 +78,96 @@ class SlotTables:
         else:
             token_slots = np.repeat(plan.slots, num_tokens)
             positions = np.arange(ends[-1]) + np.repeat(starts - first_tokens, num_tokens)
-        pages = self._host_pages[token_slots, positions // self._page_size].astype(np.int64)
-        locations = pages * self._page_size + positions % self._page_size
         sample_rows = plan.sample_rows
+        token_ids, slots, positions_there, locations, sample_tokens, sampled_slots = upload(
+            self._device,
+            plan.token_ids,
+            token_slots,
+            positions,
+            self._locations(token_slots, positions),
+            ends[sample_rows] - 1,
+            plan.slots[sample_rows],
+        )
+        if (plan.token_ids == LAST_SAMPLED).any():
+            token_ids = self.resolve(token_ids, slots)
         return StepInputs(
-            token_ids=self._padded(self._resolve_ids(plan.token_ids, token_slots)),
-            positions=self._padded(self._upload(positions)),
+            token_ids=self._padded(token_ids),
+            positions=self._padded(positions_there),
             attention=AttentionInputs(
                 slots=plan.slots,
                 num_tokens=num_tokens,
                 start_positions=plan.start_positions,
+                host_page_table=self._host_pages,
                 page_table=self._page_table,
-                locations=self._upload(locations),
+                locations=locations,
             ),
             first_tokens=first_tokens,
             sample_tokens=(
-                None
-                if len(sample_rows) == len(plan.token_ids)
-                else self._padded(self._upload(ends[sample_rows] - 1))
+                None if len(sample_rows) == len(plan.token_ids) else self._padded(sample_tokens)
             ),
             sample_slots=plan.slots[sample_rows],
             sample_positions=starts[sample_rows] + num_tokens[sample_rows],
+            sampled_slots=sampled_slots,
         )
+
+    def prepare_captured(self, plan: StepPlan, packed: torch.Tensor) -> StepInputs:
+        """A step of rows with one token each that all sample, padded to N rows.
+
+        Writes `packed` [PACKED_ROWS, N], of which the inputs are views; ids are not resolved.
+        """
+        self._apply_page_changes(plan)
+        num_rows, width = len(plan.slots), packed.shape[1]
+        host = np.zeros((PACKED_ROWS, width), np.int64)
+        host[0, :num_rows] = plan.token_ids
+        host[1] = self.padding_slot
+        host[1, :num_rows] = plan.slots
+        host[2, :num_rows] = plan.start_positions
+        host[3] = self._locations(host[1], host[2])
+        upload_into(packed, host)
+        return StepInputs(
+            token_ids=packed[0],
+            positions=packed[2],
+            attention=AttentionInputs(
+                slots=host[1].astype(np.int32),
+                num_tokens=np.ones(width, np.int32),
+                start_positions=host[2].astype(np.int32),
+                host_page_table=self._host_pages,
+                page_table=self._page_table,
+                locations=packed[3],
+            ),
+            first_tokens=np.arange(num_rows),
+            sample_tokens=None,
+            sample_slots=plan.slots,
+            sample_positions=host[2, :num_rows] + 1,
+            sampled_slots=packed[1, :num_rows],
+        )
+
+    def resolve(self, token_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """[T] ids and slots on the device -> ids, the slot's newest where LAST_SAMPLED stands."""
+        return torch.where(token_ids == LAST_SAMPLED, self._last_ids[slots], token_ids)
+
+    def note_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """[R] slots on the device got these ids."""
+        self._last_ids.index_copy_(0, slots, token_ids)
+
+    def _locations(
+        self, slots: npt.NDArray[np.integer], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        pages = self._host_pages[slots, positions // self._page_size].astype(np.int64)
+        locations: npt.NDArray[np.int64] = pages * self._page_size + positions % self._page_size
+        return locations
 
     def _apply_page_changes(self, plan: StepPlan) -> None:
         if not len(plan.page_slots):
             return
         self._host_pages[plan.page_slots, plan.page_indices] = plan.page_ids
         if self._device.type != "cpu":
-            index = (self._upload(plan.page_slots), self._upload(plan.page_indices))
-            self._page_table.index_put_(index, torch.from_numpy(plan.page_ids).to(self._device))
-
-    def _resolve_ids(
-        self, token_ids: npt.NDArray[np.int32], token_slots: npt.NDArray[np.int32]
-    ) -> torch.Tensor:
-        resolved = self._upload(token_ids)
-        unknown = np.flatnonzero(token_ids == LAST_SAMPLED)
-        if unknown.size:
-            where = self._upload(unknown)
-            resolved[where] = self.last_ids[self._upload(token_slots[unknown])]
-        return resolved
+            slots, indices, pages = upload(
+                self._device, plan.page_slots, plan.page_indices, plan.page_ids
+            )
+            self._page_table.index_put_((slots, indices), pages.to(torch.int32))
 
     def _padded(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu" and len(values) == 1:
             return values.expand(MIN_CPU_ROWS)
         return values
-
-    def _upload(self, values: npt.NDArray[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)

@@ -9,13 +9,15 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from services.worker.engine.attention.backend import AttentionBackend
+from services.worker.engine.attention.backend import AttentionBackend, CapturableAttention
 from services.worker.engine.batch import PromptLogprobRequest, StepPlan, StepResult
 from services.worker.engine.messages import LogprobSpec
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EnginePlan
+from services.worker.engine.runner.graphs import DecodeGraphs
 from services.worker.engine.runner.inputs import SlotTables, StepInputs
 from services.worker.engine.sampling.counts import TokenCounts
 from services.worker.engine.sampling.logprobs import (
@@ -45,14 +47,19 @@ class _Forwarded:
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
-    """A step whose result was not read yet."""
+    """A step whose result was not read yet; its tensors are on the host, maybe not yet filled."""
 
-    forwarded: _Forwarded
+    plan: StepPlan
+    sample_positions: npt.NDArray[np.int64]
     # [R]
     token_ids: torch.Tensor
     logprob_rows: list[int]
     logprob_specs: list[LogprobSpec]
     logprobs: PositionLogprobs | None
+    # In the order of StepPlan.prompt_logprobs.
+    prompt_logprobs: list[PositionLogprobs]
+    # Comes after the copies to the host; None where they were done at once.
+    is_filled: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -80,6 +87,7 @@ class ModelRunner:
             num_slots=num_slots,
             max_pages=-(-plan.context_length // plan.page_size),
             page_size=plan.page_size,
+            padding_page=plan.num_pages,
             device=device,
         )
         self._counts = TokenCounts(plan.vocab_size, device)
@@ -93,12 +101,27 @@ class ModelRunner:
         self._device = device
         self._forwarded: deque[_Forwarded] = deque()
         self._sampled: deque[_Sampled] = deque()
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, backend: CapturableAttention, sizes: tuple[int, ...]) -> None:
+        """Replay graphs of decode steps from here on; `backend` is the one given before."""
+        self._graphs = DecodeGraphs(
+            model=self._model,
+            backend=backend,
+            tables=self._tables,
+            sizes=sizes,
+            device=self._device,
+        )
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         """Issue the step's forward pass."""
         for assignment in plan.assignments:
             self._sampling.assign(assignment)
+        if self._graphs is not None and self._graphs.takes(plan):
+            inputs, hidden = self._graphs.forward(plan)
+            self._forwarded.append(_Forwarded(plan, inputs, self._model.logits(hidden), []))
+            return
         inputs = self._tables.prepare(plan)
         self._backend.plan(inputs.attention)
         hidden = self._model.forward(inputs.token_ids, inputs.positions, self._backend)
@@ -119,41 +142,55 @@ class ModelRunner:
         reported = batch.logprob_rows if self._reports else []
         raw_logits = logits[reported] if reported else None
         token_ids = sample(logits, batch, self._counts)
-        slots = torch.from_numpy(inputs.sample_slots.astype(np.int64)).to(self._device)
-        self._tables.last_ids[slots] = token_ids
+        self._tables.note_sampled(inputs.sampled_slots, token_ids)
         logprobs = None
         if raw_logits is not None:
             logprobs = compute_logprobs(raw_logits, token_ids[reported], batch.logprob_specs)
         if self._reports:
             self._sampled.append(
-                _Sampled(forwarded, token_ids, reported, batch.logprob_specs, logprobs)
+                _Sampled(
+                    plan=forwarded.plan,
+                    sample_positions=inputs.sample_positions,
+                    # Memory for such copies is pinned, so the host goes on at once.
+                    token_ids=token_ids.to("cpu", non_blocking=True),
+                    logprob_rows=reported,
+                    logprob_specs=batch.logprob_specs,
+                    logprobs=None if logprobs is None else logprobs.to_host(),
+                    prompt_logprobs=[each.to_host() for each in forwarded.prompt_logprobs],
+                    is_filled=self._event(),
+                )
             )
 
     def result(self) -> StepResult:
         """Wait for the oldest sampled step that was not read yet."""
         sampled = self._sampled.popleft()
-        forwarded = sampled.forwarded
-        token_ids = sampled.token_ids.to("cpu", torch.int32).numpy()
-        result = StepResult(step_number=forwarded.plan.step_number, token_ids=token_ids)
+        if sampled.is_filled is not None:
+            sampled.is_filled.synchronize()
+        token_ids = sampled.token_ids.to(torch.int32).numpy()
+        result = StepResult(step_number=sampled.plan.step_number, token_ids=token_ids)
         if sampled.logprobs is not None:
-            on_host = sampled.logprobs.cpu()
             for index, row in enumerate(sampled.logprob_rows):
                 result.output_logprobs[row] = logprob_rows(
-                    on_host,
+                    sampled.logprobs,
                     slice(index, index + 1),
-                    int(forwarded.inputs.sample_positions[row]),
+                    int(sampled.sample_positions[row]),
                     [int(token_ids[row])],
                     sampled.logprob_specs[index],
                 )
         for request, values in zip(
-            forwarded.plan.prompt_logprobs, forwarded.prompt_logprobs, strict=True
+            sampled.plan.prompt_logprobs, sampled.prompt_logprobs, strict=True
         ):
             result.prompt_logprobs.append(
-                logprob_rows(
-                    values.cpu(), slice(None), request.start, request.token_ids, request.spec
-                )
+                logprob_rows(values, slice(None), request.start, request.token_ids, request.spec)
             )
         return result
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def close(self) -> None:
         """Drop what is in flight."""

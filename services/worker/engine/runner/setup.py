@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
-from services.worker.engine.attention.backend import AttentionBackend
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
@@ -15,9 +15,14 @@ from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.models.weights import load_dummy_weights, load_weights
 from services.worker.engine.options import EngineOptions, EnginePlan
+from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
 
-ATTENTION_BACKENDS: dict[str, Callable[[PagePool], AttentionBackend]] = {"torch": TorchAttention}
+ATTENTION_BACKENDS = ("torch", "flashinfer")
+
+# What FlashInfer has kernels for on every GPU it supports.
+_FLASHINFER_DTYPES = ("bfloat16", "float16")
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
@@ -81,6 +86,42 @@ def decide_num_threads(weight_bytes: int, num_threads: int, tp_size: int) -> int
     return max(1, min(num_threads // tp_size, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
+def decide_attention_backend(
+    options: EngineOptions, config: ModelConfig, device: torch.device, *, has_flashinfer: bool
+) -> str:
+    """FlashInfer where it can run the model, unless the operator wished otherwise.
+
+    Raises ValueError for a backend that is unknown or cannot run the model.
+    """
+    wanted = options.attention_backend
+    if wanted is not None and wanted not in ATTENTION_BACKENDS:
+        raise ValueError(
+            f"attention_backend {wanted!r} is unknown; known: {', '.join(ATTENTION_BACKENDS)}"
+        )
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = f"the device is {device.type}, not cuda"
+    elif not has_flashinfer:
+        obstacle = "flashinfer is not installed"
+    elif decide_dtype(options, config, device) not in _FLASHINFER_DTYPES:
+        obstacle = f"the dtype is not one of {', '.join(_FLASHINFER_DTYPES)}"
+    elif config.head_dim not in _FLASHINFER_HEAD_DIMS:
+        obstacle = f"head size {config.head_dim} is not one of {_FLASHINFER_HEAD_DIMS}"
+    if wanted == "flashinfer" and obstacle is not None:
+        raise ValueError(f"attention_backend flashinfer cannot be used: {obstacle}")
+    return wanted or ("torch" if obstacle else "flashinfer")
+
+
+def decide_graph_sizes(
+    options: EngineOptions, config: ModelConfig, backend: str
+) -> tuple[int, ...]:
+    """Graphs hold decode steps whose attention is FlashInfer's in every layer."""
+    has_windows = any(window is not None for window in config.sliding_windows)
+    if backend != "flashinfer" or has_windows or options.disable_cuda_graph:
+        return ()
+    return decode_graph_sizes(options.max_running_sequences)
+
+
 def decide_plan(
     options: EngineOptions,
     config: ModelConfig,
@@ -93,11 +134,12 @@ def decide_plan(
 
     Pure. Raises ValueError when a wish cannot be met.
     """
-    backend = options.attention_backend or "torch"
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(
-            f"attention_backend {backend!r} is unknown; known: {', '.join(ATTENTION_BACKENDS)}"
-        )
+    backend = decide_attention_backend(
+        options,
+        config,
+        device,
+        has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
+    )
     dtype = decide_dtype(options, config, device)
     num_pages = options.num_pages or fitting_pages(
         free_bytes=pool_budget_bytes,
@@ -122,6 +164,7 @@ def decide_plan(
         max_running_sequences=options.max_running_sequences,
         max_step_tokens=options.chunked_prefill_size,
         tp_size=options.tp_size,
+        graph_sizes=decide_graph_sizes(options, config, backend),
     )
 
 
@@ -157,14 +200,29 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
     device = torch.device(plan.device)
     pool = PagePool(
         num_layers=config.num_layers,
-        num_pages=plan.num_pages,
+        # The last page is the padding rows' of captured steps.
+        num_pages=plan.num_pages + 1,
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
         head_dim=config.head_dim,
         dtype=getattr(torch, plan.dtype),
         device=device,
     )
-    backend = ATTENTION_BACKENDS[plan.attention_backend](pool)
-    return ModelRunner(
-        model=model, backend=backend, plan=plan, device=device, reports=group.rank == 0
+    is_leader = group.rank == 0
+    if plan.attention_backend == "torch":
+        return ModelRunner(
+            model=model, backend=TorchAttention(pool), plan=plan, device=device, reports=is_leader
+        )
+    # Imported where it was chosen: machines without a GPU do not have it.
+    from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
+
+    backend = FlashInferAttention(
+        pool,
+        num_heads=config.num_heads // group.size,
+        max_captured_rows=max(plan.graph_sizes, default=0),
+        max_pages=-(-plan.context_length // plan.page_size),
     )
+    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
+    if plan.graph_sizes:
+        runner.capture(backend, plan.graph_sizes)
+    return runner

@@ -22,11 +22,13 @@ class PositionLogprobs:
     top_ids: torch.Tensor
     requested: torch.Tensor
 
-    def cpu(self) -> PositionLogprobs:
-        """The same on the host."""
-        return PositionLogprobs(
-            self.chosen.cpu(), self.top_values.cpu(), self.top_ids.cpu(), self.requested.cpu()
+    def to_host(self) -> PositionLogprobs:
+        """The same on the host; from a GPU, filled once the stream has come so far."""
+        chosen, top_values, top_ids, requested = (
+            each.to("cpu", non_blocking=True)
+            for each in (self.chosen, self.top_values, self.top_ids, self.requested)
         )
+        return PositionLogprobs(chosen, top_values, top_ids, requested)
 
 
 def compute_logprobs(

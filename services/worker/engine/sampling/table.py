@@ -156,7 +156,7 @@ class SamplingTable:
         rows = None
         if not is_random.all():
             indices = np.flatnonzero(is_random)
-            rows = torch.from_numpy(indices).to(self._device)
+            rows = torch.from_numpy(indices).to(self._device, non_blocking=True)
             fields, positions = fields[indices], positions[indices]
         return NoiseRows(
             rows=rows,
@@ -218,7 +218,7 @@ class SamplingTable:
         )
 
     def _upload(self, fields: npt.NDArray[np.void], name: str) -> torch.Tensor:
-        return torch.from_numpy(fields[name].copy()).to(self._device)
+        return torch.from_numpy(fields[name].copy()).to(self._device, non_blocking=True)
 
 
 def _has_penalty(params: SamplingParams) -> bool:

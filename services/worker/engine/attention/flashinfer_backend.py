@@ -1,0 +1,257 @@
+"""Attention by FlashInfer's paged kernels (Ye et al., arXiv 2501.01005), for CUDA devices.
+
+Rows with one token go through the decode wrapper (with tensor cores), rows with several through
+the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
+with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
+
+A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
+plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
+
+Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flashinfer
+import numpy as np
+import torch
+from flashinfer.decode import fast_decode_plan
+
+from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
+from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.attention.upload import upload_into
+from services.worker.engine.batch import Int32Array
+from services.worker.engine.kernels.fused import write_kv
+from services.worker.engine.kv.pool import PagePool
+
+_STEPS_IN_FLIGHT = 2
+_FLOAT_WORKSPACE_BYTES = 256 * 1024**2
+_INT_WORKSPACE_BYTES = 8 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class _PageLists:
+    """The visible pages of some rows, in FlashInfer's terms; on the host."""
+
+    # [S + 1] first entry of each row in `indices`.
+    indptr: torch.Tensor
+    # Page ids, row after row.
+    indices: Int32Array
+    # [S] tokens on each row's last page.
+    last_page_len: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A range of the step's tokens that one planned wrapper computes."""
+
+    tokens: slice
+    wrapper: Any
+
+
+class FlashInferAttention:
+    """Owns FlashInfer's wrappers and workspaces.
+
+    `run` writes keys and values itself; the kernels read them from the pool.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, num_heads: int, max_captured_rows: int, max_pages: int
+    ) -> None:
+        self._pool = pool
+        self._fallback = TorchAttention(pool)
+        self._num_heads = num_heads
+        self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
+        device, self._dtype = pool.tensor.device, pool.tensor.dtype
+        self._float_workspace = torch.zeros(
+            _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
+        )
+        self._decode = [
+            flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._float_workspace, "NHD", use_tensor_cores=True
+            )
+            for _ in range(_STEPS_IN_FLIGHT)
+        ]
+        self._prefill = [
+            flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD")
+            for _ in range(_STEPS_IN_FLIGHT)
+        ]
+        self._captured = _CapturedDecode(
+            self._float_workspace, max_rows=max_captured_rows, max_pages=max_pages
+        )
+        self._turn = 0
+        self._inputs: AttentionInputs | None = None
+        self._parts: list[_Part] = []
+
+    def plan(self, inputs: AttentionInputs) -> None:
+        self._start(inputs)
+        several = np.flatnonzero(inputs.num_tokens > 1)
+        # Batches put decode rows first; a row with one token among the others is computed as a
+        # prefill of one token.
+        num_single = int(several[0]) if several.size else len(inputs.slots)
+        if num_single:
+            wrapper = self._decode[self._turn]
+            pages = self._page_lists(inputs, slice(0, num_single))
+            wrapper.plan(
+                pages.indptr,
+                self._on_device(pages.indices),
+                pages.last_page_len,
+                **self._shape_arguments(),
+            )
+            self._parts.append(_Part(slice(0, num_single), wrapper))
+        if num_single < len(inputs.slots):
+            rows = slice(num_single, len(inputs.slots))
+            wrapper = self._prefill[self._turn]
+            pages = self._page_lists(inputs, rows)
+            first_tokens = _indptr(inputs.num_tokens[rows])
+            wrapper.plan(
+                first_tokens,
+                pages.indptr,
+                self._on_device(pages.indices),
+                pages.last_page_len,
+                self._num_heads,
+                self._num_kv_heads,
+                self._head_dim,
+                self._pool.page_size,
+                causal=True,
+                q_data_type=self._dtype,
+                kv_data_type=self._dtype,
+            )
+            tokens = slice(num_single, num_single + int(first_tokens[-1]))
+            self._parts.append(_Part(tokens, wrapper))
+
+    def plan_captured(self, inputs: AttentionInputs) -> None:
+        self._start(inputs)
+        pages = self._page_lists(inputs, slice(0, len(inputs.slots)))
+        wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
+        self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+    ) -> torch.Tensor:
+        if not can_run(layer, self._head_dim):
+            return self._fallback.run(q, k, v, layer)
+        assert self._inputs is not None, "plan() comes before run()"
+        keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
+        locations = self._inputs.locations
+        num_tokens = len(locations)
+        write_kv(k, v, keys, values, locations)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for part in self._parts:
+            part.wrapper.run(q[part.tokens], (keys, values), out=out[part.tokens])
+        if len(q) > num_tokens:
+            out[num_tokens:] = 0
+        return out
+
+    def _start(self, inputs: AttentionInputs) -> None:
+        self._inputs = inputs
+        self._fallback.plan(inputs)
+        self._parts.clear()
+        self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
+
+    def _page_lists(self, inputs: AttentionInputs, rows: slice) -> _PageLists:
+        page_size = self._pool.page_size
+        ends = inputs.start_positions[rows] + inputs.num_tokens[rows]
+        num_pages = (ends + (page_size - 1)) // page_size
+        width = int(num_pages.max())
+        pages = inputs.host_page_table[inputs.slots[rows], :width]
+        return _PageLists(
+            _indptr(num_pages),
+            pages[np.arange(width) < num_pages[:, None]],
+            torch.from_numpy(ends - (num_pages - 1) * page_size),
+        )
+
+    def _on_device(self, indices: Int32Array) -> torch.Tensor:
+        pinned = torch.from_numpy(indices).pin_memory()
+        return pinned.to(self._float_workspace.device, non_blocking=True)
+
+    def _shape_arguments(self) -> dict[str, Any]:
+        return {
+            "num_qo_heads": self._num_heads,
+            "num_kv_heads": self._num_kv_heads,
+            "head_dim": self._head_dim,
+            "page_size": self._pool.page_size,
+            "q_data_type": self._dtype,
+            "kv_data_type": self._dtype,
+        }
+
+
+class _CapturedDecode:
+    """Owns a decode wrapper for each number of rows, over buffers whose addresses never change.
+
+    The wrappers share the device's buffers, since one runs at a time; pinned memory goes in turn.
+    Relies on the wrapper's private names for its staging, which FlashInfer's own fast plan uses.
+    """
+
+    def __init__(self, float_workspace: torch.Tensor, *, max_rows: int, max_pages: int) -> None:
+        device = float_workspace.device
+        self._float_workspace = float_workspace
+        self._max_rows = max_rows
+        # Row starts, tokens on last pages, page ids: side by side, so that one copy fills them.
+        self._buffer = torch.zeros(
+            2 * max_rows + 1 + max_rows * max_pages, dtype=torch.int32, device=device
+        )
+        self._int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._staging = [
+            torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True)
+            for _ in range(_STEPS_IN_FLIGHT)
+        ]
+        self._wrappers: dict[int, Any] = {}
+
+    def plan(self, pages: _PageLists, turn: int, **shape: Any) -> Any:
+        """The wrapper for as many rows, ready to run."""
+        num_rows = len(pages.last_page_len)
+        last_start, indices_start = self._max_rows + 1, 2 * self._max_rows + 1
+        host = np.zeros(indices_start + len(pages.indices), np.int32)
+        host[: num_rows + 1] = pages.indptr
+        host[last_start : last_start + num_rows] = pages.last_page_len
+        host[indices_start:] = pages.indices
+        upload_into(self._buffer[: len(host)], host)
+        indices = self._buffer[indices_start : len(host)]
+        wrapper = self._wrappers.get(num_rows)
+        if wrapper is not None:
+            wrapper._pin_memory_int_workspace_buffer = self._staging[turn]
+            fast_decode_plan(
+                wrapper,
+                pages.indptr,
+                indices,
+                pages.last_page_len,
+                global_override_indptr_cpu=pages.indptr,
+                **shape,
+            )
+            return wrapper
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._float_workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=self._buffer[: num_rows + 1],
+            paged_kv_indices_buffer=self._buffer[indices_start:],
+            paged_kv_last_page_len_buffer=self._buffer[last_start : last_start + num_rows],
+        )
+        wrapper._int_workspace_buffer = self._int_workspace
+        wrapper._pin_memory_int_workspace_buffer = self._staging[turn]
+        # The full plan chooses the kernels, which the fast one takes as chosen.
+        wrapper.plan(pages.indptr, indices, pages.last_page_len, **shape)
+        self._wrappers[num_rows] = wrapper
+        return wrapper
+
+
+def can_run(layer: AttentionLayer, head_dim: int) -> bool:
+    """Whether FlashInfer computes this layer here; the torch backend does the others."""
+    return (
+        layer.sliding_window is None
+        and layer.soft_cap is None
+        and math.isclose(layer.scale, head_dim**-0.5)
+    )
+
+
+def _indptr(lengths: Int32Array) -> torch.Tensor:
+    """[S] -> [S + 1] int32: where each row starts, and the end of the last."""
+    starts = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return torch.from_numpy(starts)

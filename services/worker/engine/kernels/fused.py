@@ -1,0 +1,133 @@
+"""Elementwise work of a decoder layer in one launch each, in Triton, for 16-bit types.
+
+Sums and products are in float32; what the torch path rounds before a weight or a gate is applied
+is rounded here too.
+
+Shapes: T tokens, E hidden size, F intermediate size, N heads, D head size, K key/value heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_COLUMNS = 1024
+_HEADS = 4
+
+
+@triton.jit
+def _norm(x, residual, weight, out, eps, size, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    values = tl.load(x + row + columns, inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        values += tl.load(residual + row + columns, inside, other=0.0).to(tl.float32)
+        total = values.to(x.dtype.element_ty)
+        tl.store(x + row + columns, total, inside)
+        values = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / size + eps)
+    normed = (values * scale).to(x.dtype.element_ty).to(tl.float32)
+    normed *= tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    tl.store(out + row + columns, normed.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, inside).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, inside).to(tl.float32)
+    activated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * size + columns, (activated * up).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, out, x_stride, num_heads, HALF: tl.constexpr, PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    inside = (heads < num_heads) & (columns < HALF)
+    c = tl.load(cos + token * HALF + columns, columns < HALF).to(tl.float32)
+    s = tl.load(sin + token * HALF + columns, columns < HALF).to(tl.float32)
+    offsets = heads * (2 * HALF) + columns
+    source = x + token * x_stride + offsets
+    target = out + token * num_heads * (2 * HALF) + offsets
+    first = tl.load(source, inside).to(tl.float32)
+    second = tl.load(source + HALF, inside).to(tl.float32)
+    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), inside)
+    tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _write(k, v, keys, values, locations, k_stride, v_stride, size, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    target = tl.load(locations + token) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    tl.store(keys + target + columns, tl.load(k + token * k_stride + columns, inside), inside)
+    tl.store(values + target + columns, tl.load(v + token * v_stride + columns, inside), inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, E], contiguous -> its norm."""
+    out = torch.empty_like(x)
+    size = x.shape[1]
+    _norm[(len(x),)](
+        x, x, weight, out, eps, size, HAS_RESIDUAL=False, BLOCK=triton.next_power_of_2(size),
+        num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """[T, E], contiguous -> the norm of x + residual; `x` becomes that sum."""
+    out = torch.empty_like(x)
+    size = x.shape[1]
+    _norm[(len(x),)](
+        x, residual, weight, out, eps, size, HAS_RESIDUAL=True,
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 F], contiguous -> silu of the first half times the second, [T, F]."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_tokens, size)
+    _silu_mul[(num_tokens, triton.cdiv(size, _COLUMNS))](gate_up, out, size, BLOCK=_COLUMNS)
+    return out
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[T, N, D], heads side by side -> the same rotated, contiguous; cos, sin [T, 1, D / 2]."""
+    num_tokens, num_heads, head_dim = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    half = head_dim // 2
+    _rotate[(num_tokens, triton.cdiv(num_heads, _HEADS))](
+        x, cos, sin, out, x.stride(0), num_heads, HALF=half,
+        PADDED=triton.next_power_of_2(half), HEADS=_HEADS,
+    )  # fmt: skip
+    return out
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    locations: torch.Tensor,
+) -> None:
+    """[T, K, D] keys and values to places [T] of the pool's layer, [pages, page size, K, D]."""
+    size = keys.shape[2] * keys.shape[3]
+    _write[(len(locations),)](
+        k, v, keys, values, locations, k.stride(0), v.stride(0), size,
+        BLOCK=triton.next_power_of_2(size),
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""Decode steps as CUDA graphs: one launch in place of hundreds.
+
+Shapes: N rows of a captured step, E hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from services.worker.engine.attention.backend import CapturableAttention
+from services.worker.engine.batch import StepPlan
+from services.worker.engine.models.decoder import Decoder
+from services.worker.engine.runner.inputs import PACKED_ROWS, SlotTables, StepInputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    # [PACKED_ROWS, N]
+    packed: torch.Tensor
+    # [N, E]
+    hidden: torch.Tensor
+
+
+class DecodeGraphs:
+    """Owns one graph for each of `sizes`, the numbers of rows; all are captured at start.
+
+    A step with fewer rows is padded; padding rows write to the padding slot's page, which no
+    sequence reads. A replay overwrites the last one's output, so what reads that must be issued
+    before.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        backend: CapturableAttention,
+        tables: SlotTables,
+        sizes: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._tables = tables
+        self._device = device
+        self._sizes = np.array(sorted(sizes))
+        # Graphs share their memory: one runs at a time. The largest comes first, to size it.
+        self._memory = torch.cuda.graph_pool_handle()
+        largest = int(self._sizes[-1])
+        self._packed = torch.zeros(PACKED_ROWS * largest, dtype=torch.int64, device=device)
+        self._hidden: torch.Tensor | None = None
+        started = time.monotonic()
+        self._captured = {size: self._capture(size) for size in self._sizes[::-1].tolist()}
+        logger.info(
+            "event=graphs_captured count=%s seconds=%.1f",
+            len(self._captured),
+            time.monotonic() - started,
+        )
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether the step is one for `forward`: every row computes one token and samples."""
+        num_rows = len(plan.slots)
+        return (
+            num_rows == len(plan.token_ids) == len(plan.sample_rows)
+            and num_rows <= self._sizes[-1]
+            and not plan.prompt_logprobs
+        )
+
+    def forward(self, plan: StepPlan) -> tuple[StepInputs, torch.Tensor]:
+        """Issue the forward pass -> its inputs, and the rows' hidden states."""
+        num_rows = len(plan.slots)
+        captured = self._captured[int(self._sizes[np.searchsorted(self._sizes, num_rows)])]
+        inputs = self._tables.prepare_captured(plan, captured.packed)
+        self._backend.plan_captured(inputs.attention)
+        captured.graph.replay()
+        return inputs, captured.hidden[:num_rows]
+
+    @torch.inference_mode()
+    def _capture(self, size: int) -> _Captured:
+        packed = self._packed[: PACKED_ROWS * size].view(PACKED_ROWS, size)
+        self._backend.plan_captured(
+            self._tables.prepare_captured(_padding_only(), packed).attention
+        )
+        # The first run loads kernels and makes handles, which a capture may not.
+        hidden = self._run(packed)
+        if self._hidden is None:
+            self._hidden = torch.empty_like(hidden)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            self._hidden[:size].copy_(self._run(packed))
+        return _Captured(graph, packed, self._hidden[:size])
+
+    def _run(self, packed: torch.Tensor) -> torch.Tensor:
+        token_ids = self._tables.resolve(packed[0], packed[1])
+        return self._model.forward(token_ids, packed[2], self._backend)
+
+
+def decode_graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then every 8, up to what holds `max_rows` but at most 256."""
+    largest = min(-(-max_rows // 8) * 8, 256)
+    sizes = (1, 2, 4, *range(8, largest + 1, 8))
+    return tuple(size for size in sizes if size <= largest)
+
+
+def _padding_only() -> StepPlan:
+    empty = np.zeros(0, np.int32)
+    return StepPlan(
+        step_number=0,
+        slots=empty,
+        num_tokens=empty,
+        start_positions=empty,
+        token_ids=empty,
+        sample_rows=empty,
+        page_slots=empty,
+        page_indices=empty,
+        page_ids=empty,
+    )
