@@ -31,6 +31,8 @@ MAX_PROTOCOL_REVISION = 1
 # Largest message of the multiplexed streams, and of everything else (a 1 M-token prompt's ids).
 MAX_FRAME_BYTES = 256 * 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# gRPC takes 8 KiB of trailers, in which a byte of text can take three.
+_MAX_DETAILS_BYTES = 2048
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -137,12 +139,17 @@ def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parse
 
 
+def _details(error: RhizomeError) -> str:
+    """The message, cut to what fits; with more, the caller gets RESOURCE_EXHAUSTED instead."""
+    return error.message.encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+
+
 @contextlib.asynccontextmanager
 async def _abort_on_error(context: Any, method: str) -> AsyncIterator[None]:
     try:
         yield
     except RhizomeError as error:
-        await context.abort(error.status, error.message, _trailers(error))
+        await context.abort(error.status, _details(error), _trailers(error))
     except aio.AbortError:
         raise
     except Exception:

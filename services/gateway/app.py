@@ -83,7 +83,7 @@ class _Endpoint:
         except (RhizomeError, HttpError) as error:
             await exchange.reply_error(error)
             logger.info(
-                "event=request_refused request_id=%s path=%s status=%d error=%s",
+                "event=request_refused request_id=%s path=%s status=%d error=%.1000s",
                 exchange.request_id,
                 self._path,
                 exchange.status,

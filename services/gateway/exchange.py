@@ -206,7 +206,7 @@ class EventStream:
     """Server-sent events of one response.
 
     Events written before `open` wait for it. A client that leaves more than `max_buffered_bytes`
-    unread is dropped: `overflowed` is called once and the connection aborted.
+    and one large event unread is dropped: `overflowed` is called once and the connection aborted.
     """
 
     def __init__(
@@ -216,6 +216,8 @@ class EventStream:
         self.overflowed: Callable[[], object] | None = None
         self._exchange = exchange
         self._max_buffered_bytes = max_buffered_bytes
+        # An event up to here needs no room of its own.
+        self._largest_event = max_buffered_bytes // 8
         self._metrics = metrics
         self._early: list[bytes] = []
         self._writer: BodyWriter | None = None
@@ -226,8 +228,9 @@ class EventStream:
         self._writer.limit(self._max_buffered_bytes, self._exceeded)
         self._send = self._writer.send
         if self._early:
-            self._send(chunk(b"".join(self._early)))
+            early = b"".join(self._early)
             self._early.clear()
+            self.write(early)
 
     def write(self, event: bytes) -> None:
         """Send one event or comment, its blank line included. Never waits."""
@@ -235,6 +238,8 @@ class EventStream:
         if self._send is None:
             self._early.append(event)
         else:
+            if len(event) > self._largest_event:
+                self._make_room(event)
             self._send(b"%x\r\n%b\r\n" % (len(event), event))
 
     def keep_alive(self) -> None:
@@ -247,6 +252,12 @@ class EventStream:
         if self._writer is not None:
             self._writer.unlimit()
         await self._exchange.end_events()
+
+    def _make_room(self, event: bytes) -> None:
+        """Nobody can have read an event that is being written, however fast they read."""
+        assert self._writer is not None, "only an open stream sends"
+        self._largest_event = len(event)
+        self._writer.limit(self._max_buffered_bytes + len(event), self._exceeded)
 
     def _exceeded(self) -> None:
         if self.overflowed is None or self._writer is None:

@@ -39,6 +39,8 @@ class GenerationSpec:
     session_id: str = ""
     # Name of the prompt's parameter, for errors.
     input_param: str = "prompt"
+    # Likewise of the least number of output tokens.
+    min_tokens_param: str = "min_tokens"
     # Monotonic; None waits for ever.
     deadline: float | None = None
     traceparent: str = ""

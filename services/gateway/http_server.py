@@ -23,19 +23,25 @@ class BodyWriter:
     """Writes pieces of one response's chunked body straight to its connection.
 
     To be used only between the ASGI messages `http.response.start` (without a content-length) and
-    the last `http.response.body`, which stay with `send`.
+    the last `http.response.body`, which stay with `send`. Nothing happens once the client is gone:
+    a closed transport of uvloop raises, and callers learn of the disconnect only later.
     """
 
-    __slots__ = ("_protocol", "_transport", "send")
+    __slots__ = ("_protocol", "_transport")
 
     def __init__(self, transport: asyncio.Transport, protocol: _Protocol) -> None:
         self._transport = transport
         self._protocol = protocol
-        # Takes what `chunk` made; nothing happens once the client is gone.
-        self.send = transport.write
+
+    def send(self, data: bytes) -> None:
+        """Send what `chunk` made."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def limit(self, max_buffered_bytes: int, exceeded: Callable[[], None]) -> None:
         """Call `exceeded` when the client leaves more than this unread."""
+        if self._transport.is_closing():
+            return
         self._transport.set_write_buffer_limits(high=max_buffered_bytes)
         self._protocol.buffer_exceeded = exceeded
 

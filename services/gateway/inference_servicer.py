@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from grpc import aio
 
-from rhizome.common.v1.logprobs_pb2 import LogprobBlock
+from rhizome.common.v1.logprobs_pb2 import LogprobBlock, LogprobOptions
 from rhizome.common.v1.sampling_params_pb2 import SamplingParams
 from rhizome.common.v1.text_options_pb2 import TextOptions
 from rhizome.common.v1.usage_pb2 import Usage
@@ -26,14 +27,18 @@ from rhizome.inference.v1.inference_service_pb2 import (
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
 from services.common.errors import InvalidRequestError, UnimplementedError
+from services.common.rpc import MAX_FRAME_BYTES
 from services.gateway.exchange import schedule_id, valid_request_id
 from services.gateway.generation import Choice, GenerationSpec, LogprobRows
 from services.gateway.listeners import Piece, PieceQueue
 from services.gateway.pipeline import Generation
 from services.gateway.sampling import (
+    MAX_WORKER_LOGPROBS,
     ParamNames,
     SamplingInput,
     check_choices,
+    check_range,
+    check_token_ids,
     sampling_params,
     text_options,
 )
@@ -115,6 +120,15 @@ async def _write_pieces(
         choice = piece.choice
         stop = min(piece.ids_consumed, len(choice.output_ids))
         start = num_sent.get(choice, 0)
+        if (prompt_rows := choice.prompt_logprobs) is not None and choice not in num_sent:
+            for block in _fragments(prompt_rows):
+                await context.write(
+                    GenerateResponse(
+                        request_id=generation.prompt.spec.request_id,
+                        choice_index=choice.index,
+                        prompt_logprobs=block,
+                    )
+                )
         response = GenerateResponse(
             request_id=generation.prompt.spec.request_id,
             choice_index=choice.index,
@@ -122,8 +136,6 @@ async def _write_pieces(
             token_ids=choice.output_ids[start:stop],
             finish=_finish(choice) if piece.ended else None,
         )
-        if (prompt_rows := choice.prompt_logprobs) is not None and choice not in num_sent:
-            response.prompt_logprobs.CopyFrom(_block(prompt_rows, 0, len(prompt_rows)))
         if (rows := choice.output_logprobs) is not None:
             first = num_logprobs.get(choice, 0)
             last = min(stop, len(rows))
@@ -146,6 +158,15 @@ def _finish(choice: Choice) -> Finish:
     elif choice.finish.matched_token_id is not None:
         finish.matched_token_id = choice.finish.matched_token_id
     return finish
+
+
+def _fragments(rows: LogprobRows) -> Iterator[LogprobBlock]:
+    """All rows, in blocks that any client's limit on a message's size allows."""
+    # An id takes at most 5 bytes and a value 4.
+    row_bytes = 9 * (1 + rows.num_top) + 4 * rows.num_requested
+    step = max(1, MAX_FRAME_BYTES // row_bytes - 1)
+    for start in range(0, len(rows), step):
+        yield _block(rows, start, min(start + step, len(rows)))
 
 
 def _block(rows: LogprobRows, start: int, stop: int) -> LogprobBlock:
@@ -177,13 +198,20 @@ def _spec(request: GenerateRequest, deadline: float | None) -> GenerationSpec:
         token_ids=list(request.token_ids.ids),
         sampling=_sampling(request.sampling),
         text_options=_text_options(request.text_options),
-        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        logprobs=_logprobs(request.logprobs) if request.HasField("logprobs") else None,
         num_choices=check_choices("n", request.n if request.HasField("n") else None),
         priority=request.priority,
         cache_salt=request.cache_salt,
         input_param=kind,
+        min_tokens_param=_NAMES.min_new_tokens,
         deadline=deadline,
     )
+
+
+def _logprobs(given: LogprobOptions) -> LogprobOptions:
+    check_range("logprobs.num_top", given.num_top, 0, MAX_WORKER_LOGPROBS)
+    check_token_ids("logprobs.token_ids", given.token_ids, MAX_WORKER_LOGPROBS)
+    return given
 
 
 def _input(request: GenerateRequest, kind: str) -> TokenizeInput | None:

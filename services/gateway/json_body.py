@@ -16,8 +16,10 @@ _AT = re.compile(r"(.*) - at `\$\.?([^`]+)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 # Deeper JSON is refused before it can exhaust anybody's stack.
 _MAX_DEPTH = 64
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_BRACKET = re.compile(rb"[\[\]{}]")
+# Possessive: a repetition that could be taken back would keep a state for every character.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+_BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,7 +38,7 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         if _SURROGATE.search(body):
             message += " (a lone UTF-16 surrogate, \\ud800 to \\udfff, is not text)"
         raise HttpError(400, message) from None
-    if _depth_bound(body) > _MAX_DEPTH:
+    if _is_too_deep(body):
         raise HttpError(400, f"The request body is nested deeper than {_MAX_DEPTH} levels")
     return decoded
 
@@ -67,18 +69,17 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         return decoder.decode(msgspec.json.encode(without_nulls(raw)))
 
 
-def _depth_bound(body: bytes) -> int:
-    """How deep the JSON in `body` is nested; 0 when it has too few brackets to be deep."""
+def _is_too_deep(body: bytes) -> bool:
+    """Whether valid JSON is nested too deeply. One with few brackets cannot be."""
     if body.count(b"[") + body.count(b"{") <= _MAX_DEPTH:
-        return 0
-    depth = deepest = 0
-    for bracket in _BRACKET.findall(_STRING.sub(b"", body)):
-        if bracket in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        else:
-            depth -= 1
-    return deepest
+        return False
+    brackets = _STRING.sub(b"", body).translate(_BRACES_TO_BRACKETS, _NO_BRACKETS)
+    for _ in range(_MAX_DEPTH):
+        # Each turn takes away the innermost level.
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return False
+    return True
 
 
 def _validation_error(message: str, prefix: str = "") -> HttpError:

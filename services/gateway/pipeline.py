@@ -35,7 +35,12 @@ from services.gateway.generation import (
     Prompt,
 )
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.model_limits import check_token_ids, check_vocabulary, fit_context
+from services.gateway.model_limits import (
+    check_names,
+    check_token_ids,
+    check_vocabulary,
+    fit_context,
+)
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
 from services.gateway.worker_sessions import WorkerSession, remaining_time
@@ -91,6 +96,7 @@ class Pipeline:
         for index, spec in enumerate(specs):
             check_vocabulary(spec, model)
             namespace = cache_namespace(model.identity.model_revision, salt=spec.cache_salt)
+            check_names(spec, namespace)
             if spec.input is None:
                 check_token_ids(spec.token_ids, model, spec.input_param)
                 hashes = prefix_hashes(spec.token_ids, page_size, namespace)

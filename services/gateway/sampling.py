@@ -6,7 +6,7 @@ parameter in an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rhizome.common.v1.sampling_params_pb2 import SamplingParams
@@ -16,6 +16,8 @@ from services.common.limits import MAX_STOP_CHARS, MAX_STOP_STRINGS
 from services.gateway.generation import MAX_CHOICES
 
 MAX_TOP_LOGPROBS = 20
+# What workers report at a position: the most likely tokens, and tokens asked for by id.
+MAX_WORKER_LOGPROBS = 64
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 _MAX_INT32 = 2**31 - 1
@@ -145,11 +147,11 @@ def check_choices(param: str, value: int | None) -> int:
     return 1 if value is None else value
 
 
-def check_token_ids(param: str, ids: Iterable[object], limit: int) -> None:
+def check_token_ids(param: str, ids: Collection[object], limit: int) -> None:
     """Raises InvalidRequestError unless all are integers that could be token ids."""
-    count = 0
+    if len(ids) > limit:
+        raise InvalidRequestError(f"{param} has {len(ids)} ids; at most {limit} are allowed", param)
     for token_id in ids:
-        count += 1
         if type(token_id) is not int:
             raise InvalidRequestError(
                 f"{param} must hold integers, got {type(token_id).__name__}", param
@@ -158,8 +160,6 @@ def check_token_ids(param: str, ids: Iterable[object], limit: int) -> None:
             raise InvalidRequestError(
                 f"{param}: {_short(token_id)} is not a token id of the vocabulary", param
             )
-    if count > limit:
-        raise InvalidRequestError(f"{param} has {count} ids; at most {limit} are allowed", param)
 
 
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -81,15 +82,16 @@ class Serving:
         Until a prompt is placed an error is still an HTTP status; later it is an event. When
         placing takes long the head is sent and comments keep the connection.
         """
-        self.pipeline.admit(len(generations))
-        self.keep_alive.streams.add(events)
-        try:
-            await exchange.watched(self._produce(exchange, events, generations, closing, writer))
-        finally:
-            self.keep_alive.streams.discard(events)
-            self.pipeline.leave(len(generations))
-            if writer is not None:
-                writer.close()
+        with contextlib.nullcontext() if writer is None else contextlib.closing(writer):
+            self.pipeline.admit(len(generations))
+            self.keep_alive.streams.add(events)
+            try:
+                await exchange.watched(
+                    self._produce(exchange, events, generations, closing, writer)
+                )
+            finally:
+                self.keep_alive.streams.discard(events)
+                self.pipeline.leave(len(generations))
 
     async def _produce(
         self,
@@ -110,7 +112,9 @@ class Serving:
                 if exchange.status == 0:
                     raise
                 logger.info(
-                    "event=stream_failed request_id=%s error=%s", exchange.request_id, error.message
+                    "event=stream_failed request_id=%s error=%.1000s",
+                    exchange.request_id,
+                    error.message,
                 )
                 events.write(b"data: %b\n\n" % error_reply(error).body)
             except asyncio.CancelledError:

@@ -40,7 +40,7 @@ _RETRY_S = 0.1
 class TextSession:
     """Turns ids into text for the choices that are open, and tells each choice.
 
-    `stopped` is called with a handle whose stop string matched before its worker had finished.
+    `stopped` is called with a handle whose text ended, or failed, before its worker had finished.
     """
 
     def __init__(self, tokenizers: TokenizerPool, stopped: Callable[[int], None]) -> None:
@@ -199,7 +199,8 @@ class TextSession:
         match end.WhichOneof("end"):
             case "finished":
                 if choice.worker_finish is None:
-                    choice.fail(UnavailableError("the tokenizer ended a text too early"))
+                    early = UnavailableError("the tokenizer ended a text too early")
+                    self._fail(end.handle, choice, early)
                 else:
                     choice.end(choice.worker_finish)
             case "stop":
@@ -207,11 +208,17 @@ class TextSession:
                     self._stopped(end.handle)
                 choice.stop_at(end.stop.id_index + 1, end.stop.stop, FINISH_REASON_STOP)
             case _:
-                choice.fail(error_from_code(end.error.code, end.error.message))
+                error = error_from_code(end.error.code, end.error.message)
+                self._fail(end.handle, choice, error)
 
     def _fail_all(self, error: RhizomeError) -> None:
-        choices = list(self._choices.values())
+        choices = list(self._choices.items())
         self._choices.clear()
         self._opened.clear()
-        for choice in choices:
-            choice.fail(error)
+        for handle, choice in choices:
+            self._fail(handle, choice, error)
+
+    def _fail(self, handle: int, choice: Choice, error: RhizomeError) -> None:
+        if choice.worker_finish is None:
+            self._stopped(handle)
+        choice.fail(error)

@@ -20,12 +20,16 @@ class WorkerSessions:
         self._tokenizers = tokenizers
         self._handles = itertools.count(1)
         self._sessions: dict[tuple[str, int], WorkerSession] = {}
+        # Dead ones whose place was taken; their last texts may still be on their way.
+        self._replaced: list[WorkerSession] = []
 
     def session(self, worker_id: str, address: str, epoch: int) -> WorkerSession:
         """The live session with this epoch of the worker."""
         key = (address, epoch)
         session = self._sessions.get(key)
         if session is None or session.dead:
+            if session is not None:
+                self._replaced.append(session)
             session = WorkerSession(
                 self._gateway_id, worker_id, address, epoch, self._tokenizers, self._handles
             )
@@ -41,13 +45,20 @@ class WorkerSessions:
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
             now = time.monotonic()
-            for key, session in list(self._sessions.items()):
+            for session in [*self._sessions.values(), *self._replaced]:
                 session.check(now)
                 if session.dead and not session.num_open_texts:
-                    del self._sessions[key]
+                    self._forget(session)
                     await session.aclose()
 
     async def aclose(self) -> None:
-        sessions = list(self._sessions.values())
+        sessions = [*self._sessions.values(), *self._replaced]
         self._sessions.clear()
+        self._replaced.clear()
         await asyncio.gather(*(session.aclose() for session in sessions))
+
+    def _forget(self, session: WorkerSession) -> None:
+        if session in self._replaced:
+            self._replaced.remove(session)
+        else:
+            del self._sessions[session.address, session.epoch]

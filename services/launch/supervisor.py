@@ -118,7 +118,7 @@ class _Service:
 
     async def _forward_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None, "started with a pipe"
-        while line := await process.stdout.readline():
+        while line := await _next_line(process.stdout):
             text = line.decode(errors="replace").rstrip("\n")
             self._last_lines.append(text)
             self._echo(text)
@@ -200,6 +200,17 @@ async def private_directory() -> AsyncIterator[Path]:
         assert janitor.stdin is not None, "started with a pipe"
         janitor.kill()
         await janitor.wait()
+
+
+async def _next_line(stream: asyncio.StreamReader) -> bytes:
+    """Up to the next line's end, or what is buffered of a line longer than the buffer."""
+    try:
+        return await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as end:
+        return end.partial
+    except asyncio.LimitOverrunError as error:
+        # Waiting for its end would take more memory and fail.
+        return await stream.read(max(1, error.consumed))
 
 
 async def _is_serving(channel: aio.Channel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 from typing import Any
@@ -117,6 +118,18 @@ async def test_a_final_failure_is_an_error_event_and_others_go_on() -> None:
         assert text_of((await chat(stack)).text) == ANSWER
 
 
+async def test_a_text_that_fails_at_the_tokenizer_stops_its_sequence() -> None:
+    unknown_id = 10**6
+    async with gateway_stack(
+        answer=lambda _: [300, unknown_id, *[300] * 400], step_s=0.02
+    ) as stack:
+        async with httpx.AsyncClient(base_url=stack.url) as http:
+            reply = await http.post("/generate", json={"text": "x"})
+        assert str(unknown_id) in reply.json()["error"]["message"]
+        worker = stack.workers[0]
+        await until(lambda: worker.num_cancels == 1 and worker.num_live == 0)
+
+
 async def test_a_request_that_every_worker_fails_is_given_up() -> None:
     async with gateway_stack(num_workers=2) as stack:
         for worker in stack.workers:
@@ -201,6 +214,15 @@ async def test_too_many_requests_are_refused_with_a_hint() -> None:
         assert refused.headers["retry-after"]
         stack.workers[0].paused = False
         assert text_of((await first).text) == ANSWER
+
+
+async def test_a_refused_stream_with_log_probabilities_leaves_nothing_unawaited() -> None:
+    async with gateway_stack(max_inflight_requests=1) as stack:
+        body = {"prompt": ["x", "y"], "stream": True, "logprobs": 1}
+        async with httpx.AsyncClient(base_url=stack.url) as http:
+            assert (await http.post("/v1/completions", json=body)).status_code == 429
+        gc.collect()
+        assert stack.pipeline.num_inflight == 0
 
 
 async def test_requests_flow_without_a_scheduler() -> None:

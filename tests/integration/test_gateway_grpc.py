@@ -17,7 +17,7 @@ from rhizome.common.v1.sampling_params_pb2 import SamplingParams
 from rhizome.common.v1.text_options_pb2 import TextOptions
 from rhizome.inference.v1 import inference_service_pb2 as pb
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from services.common.rpc import open_channel
+from services.common.rpc import MAX_FRAME_BYTES, open_channel
 from tests.fakes.gateway_stack import (
     ANSWER,
     GatewayStack,
@@ -26,7 +26,7 @@ from tests.fakes.gateway_stack import (
     reference_tokenizer,
     until,
 )
-from tests.fakes.scripted_worker import logprob_of
+from tests.fakes.scripted_worker import CONTEXT_LENGTH, logprob_of
 
 
 @pytest.fixture
@@ -87,6 +87,23 @@ async def test_choices_logprobs_and_stop_strings(stub: Any) -> None:
     assert stopped[-2].finish.matched_stop == "river"
 
 
+async def test_prompt_log_probabilities_come_in_messages_of_any_clients_size(stub: Any) -> None:
+    ids = [1 + i % 200 for i in range(CONTEXT_LENGTH - 4)]
+    responses = await generate(
+        stub,
+        token_ids=pb.TokenIds(ids=ids),
+        sampling=SamplingParams(max_new_tokens=2),
+        logprobs=LogprobOptions(output=True, prompt_start=0, num_top=64, token_ids=list(range(64))),
+    )
+    assert max(response.ByteSize() for response in responses) <= MAX_FRAME_BYTES
+    blocks = [r.prompt_logprobs for r in responses if r.prompt_logprobs.token_ids]
+    assert len(blocks) > 1
+    assert [i for block in blocks for i in block.token_ids] == ids
+    assert [b.start_position for b in blocks] == [
+        sum(len(b.token_ids) for b in blocks[:i]) for i in range(len(blocks))
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
@@ -102,6 +119,17 @@ async def test_choices_logprobs_and_stop_strings(stub: Any) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "regex",
         ),
+        (
+            {"text": "x", "logprobs": LogprobOptions(num_top=65)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "logprobs.num_top",
+        ),
+        (
+            {"text": "x", "logprobs": LogprobOptions(token_ids=[1] * 65)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "logprobs.token_ids",
+        ),
+        ({"text": "x", "model": "none" * 10_000}, grpc.StatusCode.NOT_FOUND, "nonenone"),
         ({"text": "x", "model": "none"}, grpc.StatusCode.NOT_FOUND, "none"),
         (
             {"text": "x", "timeout": Duration(nanos=1)},

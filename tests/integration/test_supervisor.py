@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -59,6 +60,23 @@ async def test_all_ready_then_a_clean_stop(tmp_path: Path) -> None:
     stop.set()
     await running
     assert not any(is_alive(pid) for pid in pids.values())
+
+
+async def test_a_line_of_any_length_is_passed_on(tmp_path: Path) -> None:
+    stop, ready = asyncio.Event(), asyncio.Event()
+    spec = tiny(tmp_path, "a", "serve")
+    talk = "import os, sys; print('x' * 300_000, flush=True); print('after', flush=True); "
+    talkative = dataclasses.replace(
+        spec, argv=(sys.executable, "-c", f"{talk}os.execv(sys.argv[1], sys.argv[1:])", *spec.argv)
+    )
+    lines: list[str] = []
+    supervisor = Supervisor([talkative], tmp_path, lines.append)
+    running = asyncio.create_task(supervisor.run(ready.set, stop))
+    await asyncio.wait_for(ready.wait(), 30)
+    stop.set()
+    await running
+    assert "after" in lines
+    assert sum(line.count("x") for line in lines if not line.strip("x")) == 300_000
 
 
 async def test_a_killed_service_is_restarted(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import msgspec
 from rhizome.common.v1.logprobs_pb2 import LogprobOptions
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import TokenizeInput
 from services.common.errors import InvalidRequestError
-from services.gateway.exchange import schedule_id
+from services.gateway.exchange import schedule_id, valid_request_id
 from services.gateway.generation import GenerationSpec
 from services.gateway.json_body import convert_member, without_nulls
 from services.gateway.sampling import (
+    MAX_WORKER_LOGPROBS,
     ParamNames,
     SamplingInput,
     check_choices,
@@ -27,8 +28,6 @@ from services.gateway.sampling import (
 _DEFAULT_MAX_NEW_TOKENS = 128
 _MAX_BATCH = 1024
 _MAX_PROMPT_IDS = 10_000_000
-_MAX_TOP_LOGPROBS = 2**16
-_MAX_TOKEN_IDS_LOGPROB = 2**16
 _NAMES = ParamNames("max_new_tokens", "min_new_tokens", "sampling_seed")
 _CONSTRAINTS = ("stop_regex", "json_schema", "regex", "ebnf", "structural_tag")
 
@@ -138,6 +137,7 @@ def native_batch(
                 cache_salt=_salt(salts[index], keys[index]),
                 session_id=request.session_id or "",
                 input_param=param,
+                min_tokens_param=_NAMES.min_new_tokens,
                 deadline=deadline,
                 traceparent=traceparent,
             )
@@ -202,6 +202,10 @@ def _rids(given: str | list[str] | None, request_id: str, count: int, single: bo
             raise InvalidRequestError(
                 f"rid must have {count} different entries, one for each prompt", "rid"
             )
+        if not all(map(valid_request_id, given)):
+            raise InvalidRequestError(
+                "rid must hold short names of printable ASCII characters", "rid"
+            )
         return given
     return [request_id] if single else [f"{request_id}_{i}" for i in range(count)]
 
@@ -229,7 +233,7 @@ def _token_ids_logprob(given: Any, count: int) -> list[list[int]]:
                 "token_ids_logprob must hold ids, or a list of ids for each prompt",
                 "token_ids_logprob",
             )
-        check_token_ids("token_ids_logprob", one, _MAX_TOKEN_IDS_LOGPROB)
+        check_token_ids("token_ids_logprob", one, MAX_WORKER_LOGPROBS)
     return batch
 
 
@@ -238,7 +242,7 @@ def _logprob_options(
 ) -> LogprobOptions:
     """Without output tokens the prompt's are all there is to report, from its start."""
     check_range("logprob_start_len", start, -1, 2**31 - 1)
-    check_range("top_logprobs_num", num_top, 0, _MAX_TOP_LOGPROBS)
+    check_range("top_logprobs_num", num_top, 0, MAX_WORKER_LOGPROBS)
     if start is None:
         start = 0 if sampling.max_new_tokens == 0 else -1
     return LogprobOptions(

@@ -19,7 +19,7 @@ def log_request(
     """Log sizes, time, workers, and the client's `user` and `metadata`."""
     logger.info(
         "event=request_done request_id=%s workers=%s prompts=%d prompt_tokens=%d "
-        "cached_tokens=%d output_tokens=%d total_ms=%.1f user=%r metadata=%r",
+        "cached_tokens=%d output_tokens=%d total_ms=%.1f user=%.200r metadata=%.1000r",
         exchange.request_id,
         ",".join(dict.fromkeys(w for g in generations for w in g.hops.worker_ids)),
         len(generations),

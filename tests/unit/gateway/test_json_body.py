@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -46,6 +47,17 @@ def test_nesting_has_a_limit_and_brackets_in_strings_do_not_count() -> None:
     decode_body(DECODER, b'{"inner": ' + b"[" * 60 + b"]" * 60 + b"}")
     decode_body(DECODER, b'{"inner": "' + b"[" * 500 + b'\\" {"}')
     decode_body(DECODER, b'{"inner": [' + b"[]," * 500 + b"[]]}")
+
+
+def test_looking_for_depth_takes_no_more_memory_than_a_few_bodies() -> None:
+    body = b'{"inner": "' + b"if (x) { y[0] } " * 60_000 + b'"}'
+    tracemalloc.start()
+    try:
+        decode_body(DECODER, body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * len(body)
 
 
 def test_members_of_members_are_named_with_their_path() -> None:
