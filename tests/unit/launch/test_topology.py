@@ -1,0 +1,74 @@
+"""What the launcher passes on is what each service understands."""
+
+from pathlib import Path
+from typing import Any
+
+from services.cache_index.config import CacheIndexConfig
+from services.common.config import parse_config
+from services.gateway.config import GatewayConfig
+from services.launch.config import ServeConfig
+from services.launch.topology import build_topology
+from services.scheduler.config import SchedulerConfig
+from services.tokenizer.config import TokenizerConfig
+from services.worker.config import WorkerConfig
+
+CONFIGS: dict[str, Any] = {
+    "gateway": GatewayConfig,
+    "tokenizer": TokenizerConfig,
+    "scheduler": SchedulerConfig,
+    "cache_index": CacheIndexConfig,
+    "worker": WorkerConfig,
+}
+
+
+def parsed(config: ServeConfig) -> dict[str, Any]:
+    """Each service's own configuration, by the launcher's name for it."""
+    services = {}
+    for spec in build_topology(config, Path("/private"), 1):
+        module = spec.argv[2].removeprefix("services.")
+        services[spec.name] = parse_config(CONFIGS[module], module, spec.argv[3:])
+    return services
+
+
+def test_every_service_takes_its_arguments() -> None:
+    services = parsed(ServeConfig(dp=2))
+    assert set(services) == {
+        *("gateway", "tokenizer", "scheduler", "index", "worker-0", "worker-1"),
+    }
+    assert all(service.parent_pid == 1 for service in services.values())
+
+
+def test_services_find_each_other() -> None:
+    services = parsed(ServeConfig())
+    assert services["gateway"].schedulers == (services["scheduler"].listen,)
+    assert services["gateway"].tokenizers == (services["tokenizer"].listen,)
+    assert services["scheduler"].cache_index == services["index"].listen
+
+
+def test_what_the_operator_asks_reaches_the_worker() -> None:
+    worker = parsed(
+        ServeConfig(
+            served_model_name="small",
+            tp=2,
+            page_size=32,
+            context_length=512,
+            max_total_tokens=4096,
+            chunked_prefill_size=64,
+            max_running_requests=5,
+            dtype="bfloat16",
+            device="cpu",
+            load_format="dummy",
+            attention_backend="torch",
+            disable_cuda_graph=True,
+        )
+    )["worker-0"]
+    assert (worker.served_model_name, worker.tp_size, worker.page_size) == ("small", 2, 32)
+    assert (worker.context_length, worker.max_total_tokens) == (512, 4096)
+    assert (worker.chunked_prefill_size, worker.max_running_requests) == (64, 5)
+    assert (worker.dtype, worker.device, worker.load_format) == ("bfloat16", "cpu", "dummy")
+    assert (worker.attention_backend, worker.disable_cuda_graph) == ("torch", True)
+
+
+def test_the_grpc_port_follows_the_http_port() -> None:
+    assert parsed(ServeConfig(port=8000))["gateway"].grpc_listen == "127.0.0.1:8001"
+    assert parsed(ServeConfig(port=8000, grpc_port=9))["gateway"].grpc_listen == "127.0.0.1:9"
