@@ -21,7 +21,12 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
     StreamTextResponse,
     TextEnd,
 )
-from services.common.errors import RhizomeError, UnavailableError, error_from_code
+from services.common.errors import (
+    InternalError,
+    RhizomeError,
+    UnavailableError,
+    error_from_code,
+)
 from services.gateway.generation import Choice
 from services.gateway.outbox import Outbox
 from services.gateway.tokenizers import TokenizerPool, TokenizerReplica
@@ -131,6 +136,10 @@ class TextSession:
                     raise
                 # `check` cancelled the call, not this task.
                 replica.suspect()
+            except Exception:
+                # Nobody else would notice: its choices end instead of never.
+                logger.exception("event=text_session_failed tokenizer=%s", replica.address)
+                self._fail_all(InternalError("the tokenizer's stream cannot be understood"))
             if not self._choices:
                 self._opened.clear()
 

@@ -173,6 +173,11 @@ class WorkerSession:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
                 error = UnavailableError("the worker went silent")
+            except Exception:
+                # Nobody else would notice: its sequences go on elsewhere instead of never.
+                logger.exception("event=worker_session_failed worker=%s", self.worker_id)
+                error = UnavailableError("the worker's stream cannot be understood")
+                break
             now = time.monotonic()
             if self._was_open:
                 self._was_open = False

@@ -91,6 +91,8 @@ class ScriptedWorker(WorkerServiceServicer):
         self.fail_at: tuple[int, int, str] | None = None
         # Break every stream once any sequence has this many output ids.
         self.break_at: int | None = None
+        # Send one frame whose arrays do not fit together at that point instead.
+        self.garble_at: int | None = None
         self.forget_on_break = False
         self.paused = False
         self._broken = asyncio.Event()
@@ -193,9 +195,12 @@ class ScriptedWorker(WorkerServiceServicer):
             step += 1
             if not self.paused:
                 frame = self._step(session, step)
+                longest = max((len(s.output) for s in session.sequences.values()), default=0)
+                if self.garble_at is not None and longest >= self.garble_at:
+                    self.garble_at = None
+                    del frame.num_tokens[:]
                 if frame.ByteSize() > 4:
                     await context.write(pb.ConnectResponse(frame=frame))
-                longest = max((len(s.output) for s in session.sequences.values()), default=0)
                 if self.break_at is not None and longest >= self.break_at:
                     self.break_at = None
                     self.break_streams()

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import httpx
+import pytest
 
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import GetTokenizerInfoResponse
 from services.gateway.config import GatewayConfig
@@ -73,6 +74,18 @@ async def test_a_request_that_comes_while_a_stream_is_broken_is_submitted_once()
         replies = await asyncio.gather(chat(stack), later())
         assert [text_of(reply.text) for reply in replies] == [ANSWER, ANSWER]
         assert len(worker.submits) == 2
+
+
+async def test_a_frame_that_makes_no_sense_costs_its_session_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with gateway_stack() as stack:
+        worker = stack.workers[0]
+        worker.garble_at = 4
+        reply = await chat(stack)
+        assert text_of(reply.text) == ANSWER
+        assert len(worker.submits) == 2
+    assert "event=worker_session_failed" in caplog.text
 
 
 async def test_a_request_goes_on_elsewhere_with_what_it_has() -> None:
