@@ -197,7 +197,6 @@ async def private_directory() -> AsyncIterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        assert janitor.stdin is not None, "started with a pipe"
         janitor.kill()
         await janitor.wait()
 

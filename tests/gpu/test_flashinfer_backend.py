@@ -223,7 +223,9 @@ def test_a_models_error_is_the_torch_backends(
         assert error.max() < 2 * ERROR_FACTOR * yardstick.max()
 
 
-def test_graphs_and_single_launches_sample_the_same_tokens(graphs: Engine, eager: Engine) -> None:
+def test_graphs_and_single_launches_mostly_sample_the_same_tokens(
+    graphs: Engine, eager: Engine
+) -> None:
     kinds = [
         GREEDY,
         SamplingParams(temperature=0.7, seed=3),
