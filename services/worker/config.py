@@ -79,6 +79,12 @@ class WorkerConfig:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
+    quantization: Literal["fp8"] | None = None
+    """`fp8` keeps linear layers in FP8 (E4M3). Default: as the checkpoint has them."""
+
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Number format of the key/value cache; `auto` is that of activations."""
+
     attention_backend: str | None = None
     """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
 
@@ -148,6 +154,8 @@ class WorkerConfig:
             attention_backend=self.attention_backend,
             disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,

@@ -1,8 +1,9 @@
 """Attention by FlashInfer's paged kernels (Ye et al., arXiv 2501.01005), for CUDA devices.
 
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
-the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
-with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
+the prefill wrapper (FA3 on Hopper, FA2 elsewhere and for FP8 keys and values, which FA3 takes
+with FP8 queries only), so a mixed step is two calls a layer. Layers with a sliding window, a soft
+cap or an unusual scale are computed by the torch backend.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -60,13 +61,21 @@ class FlashInferAttention:
     """
 
     def __init__(
-        self, pool: PagePool, *, num_heads: int, max_captured_rows: int, max_pages: int
+        self,
+        pool: PagePool,
+        *,
+        num_heads: int,
+        max_captured_rows: int,
+        max_pages: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` is the queries'; None: the pool's."""
         self._pool = pool
-        self._fallback = TorchAttention(pool)
+        self._dtype = dtype or pool.tensor.dtype
+        self._fallback = TorchAttention(pool, self._dtype)
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
-        device, self._dtype = pool.tensor.device, pool.tensor.dtype
+        device = pool.tensor.device
         self._float_workspace = torch.zeros(
             _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
         )
@@ -119,7 +128,7 @@ class FlashInferAttention:
                 self._pool.page_size,
                 causal=True,
                 q_data_type=self._dtype,
-                kv_data_type=self._dtype,
+                kv_data_type=self._pool.tensor.dtype,
             )
             tokens = slice(num_single, num_single + int(first_tokens[-1]))
             self._parts.append(_Part(tokens, wrapper))
@@ -176,7 +185,7 @@ class FlashInferAttention:
             "head_dim": self._head_dim,
             "page_size": self._pool.page_size,
             "q_data_type": self._dtype,
-            "kv_data_type": self._dtype,
+            "kv_data_type": self._pool.tensor.dtype,
         }
 
 

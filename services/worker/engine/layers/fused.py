@@ -29,3 +29,24 @@ def fused_kernels(device: torch.device, dtype: torch.dtype) -> FusedKernels | No
     from services.worker.engine.kernels import fused
 
     return fused
+
+
+class Fp8Kernels(Protocol):
+    """What `services.worker.engine.kernels.fp8` offers."""
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+
+def fp8_kernels(device: torch.device) -> Fp8Kernels | None:
+    """The FP8 kernels of GPUs; elsewhere the layers compute the same in torch."""
+    if device.type != "cuda":
+        return None
+    from services.worker.engine.kernels import fp8
+
+    return fp8

@@ -35,6 +35,7 @@ class Attention:
             config.hidden_size,
             bias=config.qkv_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.output = RowParallelLinear(
             "o_proj",
@@ -42,6 +43,7 @@ class Attention:
             config.hidden_size,
             bias=config.output_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.norms: tuple[RmsNorm, RmsNorm] | None = None
         if config.qk_norm:
@@ -87,7 +89,7 @@ class Attention:
 class Mlp:
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.gate_up = ColumnParallelLinear(
             (
                 Part("gate_proj", config.intermediate_size),
@@ -96,6 +98,7 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
         self.down = RowParallelLinear(
             "down_proj",
@@ -103,6 +106,7 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
         self._fused = fused_kernels(placement.device, placement.dtype)
 
@@ -119,7 +123,7 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.attention = Attention(config, index, placement)
-        self.mlp = Mlp(config, placement)
+        self.mlp = Mlp(config, index, placement)
         size, eps = config.hidden_size, config.norm_eps
         self.input_norm = RmsNorm("input_layernorm", size, eps, placement)
         self.mlp_norm = RmsNorm("post_attention_layernorm", size, eps, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +14,15 @@ from services.common.model_files import read_json
 from services.worker.engine.layers.parameters import Layer
 from services.worker.engine.models.decoder import Decoder
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[float], None]
 
 _INDEX_FILE = "model.safetensors.index.json"
 # Buffers of old checkpoints that are computed here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+# Static scales of FP8 checkpoints: activations get a scale a token, keys and values have none.
+_UNUSED_SCALES = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 _DUMMY_STD = 0.02
 
 
@@ -29,21 +34,34 @@ def load_weights(model: Decoder, model_path: Path, on_progress: Progress) -> Non
     expected = _expected(model)
     missing = set(expected)
     unexpected = []
-    for name, tensor, fraction in _stream(_files(model_path)):
+    num_unused_scales = 0
+    for stored_name, tensor, fraction in _stream(_files(model_path)):
+        # Some checkpoints of the dialect say so of scales that multiply all the same.
+        name = stored_name.replace(".weight_scale_inv", ".weight_scale")
         if name not in expected:
-            if not _is_ignored(name, model):
-                unexpected.append(name)
+            if model.config.fp8 is not None and name.endswith(_UNUSED_SCALES):
+                num_unused_scales += 1
+            elif not _is_ignored(name, model):
+                unexpected.append(stored_name)
             continue
         for layer, local_name, shape in expected[name]:
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-            layer.load(local_name, tensor)
+            if not _same_shape(tuple(tensor.shape), shape):
+                raise ValueError(
+                    f"tensor {stored_name} has shape {tuple(tensor.shape)}, expected {shape}"
+                )
+            layer.load(local_name, tensor.view(shape))
         missing.discard(name)
         on_progress(fraction)
     if missing:
         raise ValueError(f"{model_path} lacks tensors: {_listed(missing)}")
     if unexpected:
         raise ValueError(f"{model_path} has tensors this model does not: {_listed(unexpected)}")
+    if num_unused_scales:
+        logger.warning(
+            "event=checkpoint_scales_unused count=%s reason=%s",
+            num_unused_scales,
+            "activations are scaled per token at run time, keys and values not at all",
+        )
 
 
 def load_dummy_weights(model: Decoder, device: torch.device, on_progress: Progress) -> None:
@@ -69,6 +87,11 @@ def _expected(model: Decoder) -> dict[str, list[tuple[Layer, str, tuple[int, ...
         for name, shape in layer.tensors().items():
             expected.setdefault(prefix + name, []).append((layer, name, shape))
     return expected
+
+
+def _same_shape(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Scales come as [O, 1] or [O], and as [1] or []."""
+    return [size for size in stored if size != 1] == [size for size in expected if size != 1]
 
 
 def _files(model_path: Path) -> list[Path]:

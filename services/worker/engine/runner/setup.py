@@ -17,6 +17,11 @@ from services.worker.engine.models.weights import load_dummy_weights, load_weigh
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.precision import (
+    check_fp8_device,
+    decide_fp8,
+    decide_kv_cache_dtype,
+)
 
 ATTENTION_BACKENDS = ("torch", "flashinfer")
 
@@ -141,6 +146,8 @@ def decide_plan(
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
     )
     dtype = decide_dtype(options, config, device)
+    kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
+    is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
     num_pages = options.num_pages or fitting_pages(
         free_bytes=pool_budget_bytes,
         bytes_per_page=page_bytes(
@@ -148,13 +155,14 @@ def decide_plan(
             page_size=options.page_size,
             num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
             head_dim=config.head_dim,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, kv_cache_dtype),
         ),
     )
     return EnginePlan(
         device=device.type,
         dtype=dtype,
         attention_backend=backend,
+        kv_cache_dtype=kv_cache_dtype,
         page_size=options.page_size,
         num_pages=num_pages,
         # A sequence that cannot fit the whole pool could never run.
@@ -164,6 +172,7 @@ def decide_plan(
         max_running_sequences=options.max_running_sequences,
         max_step_tokens=options.chunked_prefill_size,
         tp_size=options.tp_size,
+        quantization="fp8" if is_fp8 else None,
         graph_sizes=decide_graph_sizes(options, config, backend),
     )
 
@@ -181,8 +190,12 @@ def load_model(
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
         )
-    dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
-    placement = Placement(device, dtype, group)
+    dtype = decide_dtype(options, config, device)
+    fp8 = decide_fp8(options, config, device=device, dtype=dtype)
+    check_fp8_device(
+        device, weights=fp8 is not None, kv_cache_dtype=decide_kv_cache_dtype(options, dtype)
+    )
+    placement = Placement(device, getattr(torch, dtype), group, fp8)
     model = Decoder(config, decide_context_length(options, config), placement)
     if device.type == "cpu":
         threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
@@ -205,19 +218,25 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
         head_dim=config.head_dim,
-        dtype=getattr(torch, plan.dtype),
+        dtype=getattr(torch, plan.kv_cache_dtype),
         device=device,
     )
+    dtype: torch.dtype = getattr(torch, plan.dtype)
     is_leader = group.rank == 0
     if plan.attention_backend == "torch":
         return ModelRunner(
-            model=model, backend=TorchAttention(pool), plan=plan, device=device, reports=is_leader
+            model=model,
+            backend=TorchAttention(pool, dtype),
+            plan=plan,
+            device=device,
+            reports=is_leader,
         )
     # Imported where it was chosen: machines without a GPU do not have it.
     from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
 
     backend = FlashInferAttention(
         pool,
+        dtype=dtype,
         num_heads=config.num_heads // group.size,
         max_captured_rows=max(plan.graph_sizes, default=0),
         max_pages=-(-plan.context_length // plan.page_size),
