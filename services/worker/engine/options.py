@@ -59,3 +59,5 @@ class EnginePlan:
     """"fp8" where linear layers are kept so."""
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""
+    piece_graph_sizes: tuple[int, ...] = ()
+    """Numbers of tokens for which what lies between attention layers is captured."""

@@ -73,7 +73,10 @@ class Fp8Matrix:
         self, kind: str, tensor: torch.Tensor, *, target: slice, rows: slice, columns: slice
     ) -> None:
         if kind == "weight_scale":
-            self.scale[target] = (tensor[rows] if tensor.ndim else tensor).to(self.scale)
+            # [O, 1] or [O]; [1] or [].
+            scales = tensor[...].reshape(-1)
+            per_channel = self._scheme.checkpoint_scales == "channel"
+            self.scale[target].copy_(scales[rows] if per_channel else scales)
         elif self._scheme.checkpoint_scales is not None:
             if tensor.dtype != FP8_DTYPE:
                 raise ValueError(

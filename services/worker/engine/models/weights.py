@@ -49,7 +49,7 @@ def load_weights(model: Decoder, model_path: Path, on_progress: Progress) -> Non
                 raise ValueError(
                     f"tensor {stored_name} has shape {tuple(tensor.shape)}, expected {shape}"
                 )
-            layer.load(local_name, tensor.view(shape))
+            layer.load(local_name, tensor)
         missing.discard(name)
         on_progress(fraction)
     if missing:

@@ -17,6 +17,7 @@ from services.worker.engine.models.weights import load_dummy_weights, load_weigh
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.pieces import piece_graph_sizes
 from services.worker.engine.runner.precision import (
     check_fp8_device,
     decide_fp8,
@@ -174,6 +175,11 @@ def decide_plan(
         tp_size=options.tp_size,
         quantization="fp8" if is_fp8 else None,
         graph_sizes=decide_graph_sizes(options, config, backend),
+        piece_graph_sizes=(
+            piece_graph_sizes(options.chunked_prefill_size)
+            if backend != "torch" and not options.disable_cuda_graph
+            else ()
+        ),
     )
 
 
@@ -243,5 +249,7 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
     )
     runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
     if plan.graph_sizes:
-        runner.capture(backend, plan.graph_sizes)
+        runner.capture_decodes(backend, plan.graph_sizes)
+    if plan.piece_graph_sizes:
+        runner.capture_pieces(plan.piece_graph_sizes)
     return runner
