@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--depth", type=int, choices=(1, 2), help="steps in flight")
     parser.add_argument("--attention-backend")
+    parser.add_argument("--quantization", choices=("fp8",))
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
     arguments = parser.parse_args()
     switches = {"disable_cuda_graph": True} if arguments.disable_cuda_graph else {}
@@ -187,6 +189,8 @@ def main() -> None:
             page_size=arguments.page_size,
             context_length=8192,
             attention_backend=arguments.attention_backend,
+            quantization=arguments.quantization,
+            kv_cache_dtype=arguments.kv_cache_dtype,
             chunked_prefill_size=max(2048, *arguments.prefills, 0) + arguments.beside,
             max_running_sequences=max(256, *arguments.batches),
             **switches,

@@ -61,7 +61,7 @@ def write_tokens(pages: torch.Tensor, locations: torch.Tensor, tokens: torch.Ten
         places.index_copy_(0, locations, tokens)
         return
     largest = torch.finfo(pages.dtype).max
-    stored = tokens.float().clamp_(-largest, largest).to(pages.dtype)
+    stored = tokens.float().clamp(-largest, largest).to(pages.dtype)
     # Torch moves bytes where it has no kernel for the type.
     places.view(torch.uint8).index_copy_(0, locations, stored.view(torch.uint8))
 

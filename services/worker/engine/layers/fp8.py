@@ -114,7 +114,9 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide = x.float()
     amax = wide.abs().amax(dim=1, keepdim=True).clamp_min_(MIN_AMAX)
-    values = (wide * (FP8_MAX / amax)).clamp_(-FP8_MAX, FP8_MAX)
+    # A tensor, since torch multiplies a number by the reciprocal: that is rounded twice.
+    inverse = torch.full_like(amax, FP8_MAX).div_(amax)
+    values = (wide * inverse).clamp_(-FP8_MAX, FP8_MAX)
     return values.to(FP8_DTYPE), amax / FP8_MAX
 
 
