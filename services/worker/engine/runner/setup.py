@@ -16,6 +16,7 @@ from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.models.weights import load_dummy_weights, load_weights
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
+from services.worker.engine.runner.memory import check_weights
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
 
@@ -143,14 +144,7 @@ def decide_plan(
     )
     dtype = decide_dtype(options, config, device)
     num_pages = options.num_pages or fitting_pages(
-        free_bytes=pool_budget_bytes,
-        bytes_per_page=page_bytes(
-            num_layers=config.num_layers,
-            page_size=options.page_size,
-            num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
-            head_dim=config.head_dim,
-            dtype=getattr(torch, dtype),
-        ),
+        free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
     return EnginePlan(
         device=device.type,
@@ -174,6 +168,17 @@ def decide_plan(
     )
 
 
+def rank_page_bytes(options: EngineOptions, config: ModelConfig, device: torch.device) -> int:
+    """Bytes of one page on one rank."""
+    return page_bytes(
+        num_layers=config.num_layers,
+        page_size=options.page_size,
+        num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
+        head_dim=config.head_dim,
+        dtype=getattr(torch, decide_dtype(options, config, device)),
+    )
+
+
 def load_model(
     options: EngineOptions,
     config: ModelConfig,
@@ -182,21 +187,31 @@ def load_model(
     group: TpGroup,
     on_progress: Callable[[float], None],
 ) -> Decoder:
-    """This rank's shard with its weights. Raises ValueError when the checkpoint does not fit."""
+    """This rank's shard with its weights.
+
+    Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
+    when a GPU cannot hold it.
+    """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
         )
     dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
     placement = Placement(device, dtype, group)
-    model = Decoder(config, decide_context_length(options, config), placement)
+    context_length = decide_context_length(options, config)
+    if device.type == "cuda":
+        # Without making them: a model of that device is shapes alone.
+        outline = Placement(torch.device("meta"), dtype, group)
+        Decoder(config, context_length, outline)
+        check_weights(options, outline.num_bytes, device)
+    model = Decoder(config, context_length, placement)
     if device.type == "cpu":
         threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
         torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
     else:
-        load_weights(model, options.model_path, on_progress)
+        load_weights(model, options.model_path, device, on_progress)
     return model
 
 
