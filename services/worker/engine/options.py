@@ -31,8 +31,8 @@ class EngineOptions:
     max_running_sequences: int = 256
     chunked_prefill_size: int = 2048
     """Most tokens a step computes."""
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and keys/values together."""
+    mem_fraction_static: float | None = None
+    """Share of the free memory for weights and keys/values together; None: what is left over."""
     num_pages: int | None = None
     """Pages of the pool; None sizes it from free memory."""
     tp_size: int = 1

@@ -76,8 +76,8 @@ def test_a_product_is_that_of_the_rounded_numbers() -> None:
     torch.manual_seed(0)
     matrix = Fp8Matrix(24, 48, Fp8Scheme(), placement())
     weight, x, bias = torch.randn(24, 48), torch.randn(7, 48), torch.randn(24)
-    whole = slice(None)
-    matrix.load("weight", weight, target=slice(0, 24), rows=whole, columns=whole)
+    rows = slice(0, 24)
+    matrix.load("weight", weight, target=rows, rows=rows, columns=slice(None))
     values, scales = quantize_rows(weight)
     x_values, x_scales = quantize_rows(x)
     rounded = values.double() * scales, x_values.double() * x_scales

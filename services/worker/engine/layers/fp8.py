@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.layers.fused import fp8_kernels
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -56,7 +56,7 @@ class Fp8Matrix:
     ) -> None:
         self._scheme = scheme
         self._kernels = fp8_kernels(placement.device)
-        if self._kernels is None:
+        if placement.device.type == "cpu":
             self.weight = placement.empty_matrix(out_features, in_features)
         else:
             self.weight = placement.empty(out_features, in_features, dtype=FP8_DTYPE)
@@ -70,7 +70,7 @@ class Fp8Matrix:
         return shapes
 
     def load(
-        self, kind: str, tensor: torch.Tensor, *, target: slice, rows: slice, columns: slice
+        self, kind: str, tensor: StoredTensor, *, target: slice, rows: slice, columns: slice
     ) -> None:
         if kind == "weight_scale":
             # [O, 1] or [O]; [1] or [].
@@ -85,7 +85,7 @@ class Fp8Matrix:
             part = tensor[rows, columns].to(self.weight.device)
             self.weight[target].copy_(part.to(self.weight.dtype))
         else:
-            self._quantize(tensor[rows], columns, target.start)
+            self._quantize(tensor, target, rows, columns)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, I] -> [T, O]"""
@@ -97,14 +97,15 @@ class Fp8Matrix:
         product *= self.scale
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def _quantize(self, tensor: torch.Tensor, columns: slice, first: int) -> None:
+    def _quantize(self, tensor: StoredTensor, target: slice, rows: slice, columns: slice) -> None:
         """From 16 or 32 bits; scales are of whole rows, so ranks that share a row agree on it."""
-        for start in range(0, len(tensor), _ROWS_AT_ONCE):
-            block = tensor[start : start + _ROWS_AT_ONCE].to(self.weight.device)
-            values, scales = quantize_rows(block)
-            target = slice(first + start, first + start + len(block))
-            self.weight[target].copy_(values[:, columns].to(self.weight.dtype))
-            self.scale[target] = scales[:, 0]
+        weight, scale = self.weight[target], self.scale[target]
+        for start in range(rows.start, rows.stop, _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, rows.stop)
+            values, scales = quantize_rows(tensor[start:stop].to(weight.device))
+            taken = slice(start - rows.start, stop - rows.start)
+            weight[taken].copy_(values[:, columns].to(weight.dtype))
+            scale[taken] = scales[:, 0]
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from services.worker.engine.layers.matrix import make_matrix
-from services.worker.engine.layers.parameters import Placement, shard_size
+from services.worker.engine.layers.parameters import Placement, StoredTensor, shard_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ColumnParallelLinear:
                 shapes[f"{name}.bias"] = (out_features,)
         return shapes
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         part_name, kind = name.rsplit(".", 1)
         _, source, target = self._rows[part_name]
         if kind != "bias":
@@ -106,14 +106,14 @@ class RowParallelLinear:
             shapes[f"{self._name}.bias"] = self._shape[:1]
         return shapes
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         kind = name.rsplit(".", 1)[1]
         if kind != "bias":
             whole = slice(0, self._shape[0])
             self._matrix.load(kind, tensor, target=whole, rows=whole, columns=self._source)
             return
         assert self.bias is not None, "tensors() names a bias only where there is one"
-        self.bias.copy_(tensor)
+        self.bias.copy_(tensor[...])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]"""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.layers.fp8 import FEATURE_MULTIPLE, Fp8Matrix
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 
 class Matrix(Protocol):
@@ -24,7 +24,7 @@ class Matrix(Protocol):
         """Full shape of what a checkpoint states for one matrix of this size, by kind."""
 
     def load(
-        self, kind: str, tensor: torch.Tensor, *, target: slice, rows: slice, columns: slice
+        self, kind: str, tensor: StoredTensor, *, target: slice, rows: slice, columns: slice
     ) -> None:
         """Take `rows` and `columns` of a full tensor as this rank's rows `target`."""
 
@@ -42,7 +42,7 @@ class DenseMatrix:
         return {"weight": (out_features, in_features)}
 
     def load(
-        self, kind: str, tensor: torch.Tensor, *, target: slice, rows: slice, columns: slice
+        self, kind: str, tensor: StoredTensor, *, target: slice, rows: slice, columns: slice
     ) -> None:
         self.weight[target].copy_(tensor[rows, columns])
 

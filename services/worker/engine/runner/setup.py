@@ -16,6 +16,7 @@ from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.models.weights import load_dummy_weights, load_weights
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
+from services.worker.engine.runner.memory import check_weights
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
 from services.worker.engine.runner.precision import (
@@ -150,14 +151,7 @@ def decide_plan(
     kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
     is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
     num_pages = options.num_pages or fitting_pages(
-        free_bytes=pool_budget_bytes,
-        bytes_per_page=page_bytes(
-            num_layers=config.num_layers,
-            page_size=options.page_size,
-            num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
-            head_dim=config.head_dim,
-            dtype=getattr(torch, kv_cache_dtype),
-        ),
+        free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
     return EnginePlan(
         device=device.type,
@@ -183,6 +177,17 @@ def decide_plan(
     )
 
 
+def rank_page_bytes(options: EngineOptions, config: ModelConfig, device: torch.device) -> int:
+    """Bytes of one page on one rank."""
+    return page_bytes(
+        num_layers=config.num_layers,
+        page_size=options.page_size,
+        num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
+        head_dim=config.head_dim,
+        dtype=getattr(torch, decide_kv_cache_dtype(options, decide_dtype(options, config, device))),
+    )
+
+
 def load_model(
     options: EngineOptions,
     config: ModelConfig,
@@ -191,7 +196,11 @@ def load_model(
     group: TpGroup,
     on_progress: Callable[[float], None],
 ) -> Decoder:
-    """This rank's shard with its weights. Raises ValueError when the checkpoint does not fit."""
+    """This rank's shard with its weights.
+
+    Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
+    when a GPU cannot hold it.
+    """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
@@ -202,14 +211,20 @@ def load_model(
         device, weights=fp8 is not None, kv_cache_dtype=decide_kv_cache_dtype(options, dtype)
     )
     placement = Placement(device, getattr(torch, dtype), group, fp8)
-    model = Decoder(config, decide_context_length(options, config), placement)
+    context_length = decide_context_length(options, config)
+    if device.type == "cuda":
+        # Without making them: a model of that device is shapes alone.
+        outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
+        Decoder(config, context_length, outline)
+        check_weights(options, outline.num_bytes, device)
+    model = Decoder(config, context_length, placement)
     if device.type == "cpu":
         threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
         torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
     else:
-        load_weights(model, options.model_path, on_progress)
+        load_weights(model, options.model_path, device, on_progress)
     return model
 
 
