@@ -117,24 +117,48 @@ def _one_token(
         allow_dependents()
         if PREFETCH:
             _prefetch_rows(weight, program, num_rows, K, ROWS, GATED)
-    following = tl.load(tile, inside & (columns < K), other=0.0, eviction_policy="evict_first")
-    if DEPENDENT:
-        wait_for_predecessors()
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((1, BLOCK), tl.float32)
-    for start in tl.static_range(0, K, BLOCK):
-        current = following
-        if start + BLOCK < K:
+    if STAGES <= 1:
+        following = tl.load(tile, inside & (columns < K), other=0.0, eviction_policy="evict_first")
+    if DEPENDENT:
+        wait_for_predecessors()
+    if STAGES == 0:
+        for start in tl.static_range(0, K, BLOCK):
+            current = following
+            if start + BLOCK < K:
+                following = tl.load(
+                    tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
+            within = start + columns < K
+            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                squares += values * values
+                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
+            total += current.to(tl.float32) * values
+    elif STAGES == 1:
+        for start in range(0, K, BLOCK):
+            current = following
             following = tl.load(
                 tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
-        within = start + columns < K
-        values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += values * values
-            values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-        total += current.to(tl.float32) * values
+            within = start + columns < K
+            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                squares += values * values
+                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
+            total += current.to(tl.float32) * values
+    else:
+        for start in tl.range(0, K, BLOCK, num_stages=STAGES):
+            within = start + columns < K
+            current = tl.load(tile + start, inside & within, other=0.0, eviction_policy="evict_first")
+            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                squares += values * values
+                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
+            total += current.to(tl.float32) * values
     _finish(
         tl.sum(total, axis=1)[None, :], tl.sum(squares, axis=1), index, rows, scale, bias,
         residual, out, eps, num_tokens, num_rows, K, TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE,
