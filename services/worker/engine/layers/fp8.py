@@ -115,10 +115,11 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide = x.float()
     amax = wide.abs().amax(dim=1, keepdim=True).clamp_min_(MIN_AMAX)
-    # A tensor, since torch multiplies a number by the reciprocal: that is rounded twice.
+    # Operations whose bits are the same everywhere: where torch divides by a number or a number
+    # by a tensor, it multiplies by a reciprocal on some devices.
     inverse = torch.full_like(amax, FP8_MAX).div_(amax)
     values = (wide * inverse).clamp_(-FP8_MAX, FP8_MAX)
-    return values.to(FP8_DTYPE), amax / FP8_MAX
+    return values.to(FP8_DTYPE), amax * (1 / FP8_MAX)
 
 
 def _matches(pattern: str, name: str) -> bool:
