@@ -53,19 +53,35 @@ def test_rows_of_zeros_and_tiny_rows_stay_finite() -> None:
     assert bool((scales > 0).all())
 
 
-def test_the_kernel_computes_what_the_reference_does() -> None:
+def test_the_kernels_compute_what_the_reference_does() -> None:
     """In Triton's interpreter, whose own cast to FP8 loses carries: the cast is torch's here."""
     script = """
 import torch
-from services.worker.engine.kernels import fp8
+from services.worker.engine.kernels import fp8, fused
 from services.worker.engine.layers.fp8 import quantize_rows
-x = torch.randn(40, 250).bfloat16()[:, :200] * torch.randn(40, 1).exp()
-x[0] = 0
+
 values, scales = torch.empty(40, 200), torch.empty(40, 1)
+
+def check(x):
+    expected, expected_scales = quantize_rows(x)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(values.to(torch.float8_e4m3fn).float(), expected.float())
+
+x = torch.randn(40, 250).bfloat16()[:, :200] * torch.randn(40, 1).exp().bfloat16()
+x[0] = 0
 fp8._quantize[(40,)](x, values, scales, x.stride(0), 200, BLOCK=256)
-expected, expected_scales = quantize_rows(x)
-assert torch.equal(scales, expected_scales)
-assert torch.equal(values.to(torch.float8_e4m3fn).float(), expected.float())
+check(x)
+x, residual, weight = (torch.randn(size).bfloat16() for size in ((40, 200), (40, 200), 200))
+total = x.clone()
+normed = fused.add_rms_norm(total, residual, weight, 1e-5)
+fp8._norm_quantize[(40,)](
+    x, residual, weight, values, scales, 1e-5, 200, HAS_RESIDUAL=True, BLOCK=256
+)
+check(normed)
+assert torch.equal(x, total)
+gate_up = torch.randn(40, 400).bfloat16()
+fp8._silu_mul_quantize[(40,)](gate_up, values, scales, 200, BLOCK=256)
+check(fused.silu_mul(gate_up))
 """
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.fused import fp8_kernels
+from services.worker.engine.layers.fused import Fp8Kernels, fp8_kernels
 from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -42,6 +42,21 @@ class Fp8Scheme:
     def covers(self, name: str) -> bool:
         """Whether the linear layer of this full module name is in FP8."""
         return not any(_matches(pattern, name) for pattern in self.ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Activations that were rounded where they were made: values [T, I], scales [T, 1]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+# What a linear layer multiplies.
+Rows = torch.Tensor | Fp8Rows
 
 
 class Fp8Matrix:
@@ -87,8 +102,18 @@ class Fp8Matrix:
         else:
             self._quantize(tensor, target, rows, columns)
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def kernels(self) -> Fp8Kernels | None:
+        """What rounds activations in the launch that makes them; None: they come as they are."""
+        return self._kernels
+
+    def multiply(self, x: Rows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, I] -> [T, O]"""
+        if isinstance(x, Fp8Rows):
+            assert self._kernels is not None, "rows are rounded by the matrix's own kernels"
+            return self._kernels.quantized_product(
+                x.values, x.scales, self.weight, self.scale, bias
+            )
         if self._kernels is not None:
             return self._kernels.product(x, self.weight, self.scale, bias)
         values, scales = quantize_rows(x)

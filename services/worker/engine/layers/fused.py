@@ -34,6 +34,24 @@ def fused_kernels(device: torch.device, dtype: torch.dtype) -> FusedKernels | No
 class Fp8Kernels(Protocol):
     """What `services.worker.engine.kernels.fp8` offers."""
 
+    # Up to so many tokens are multiplied as they are.
+    FEW_TOKENS: int
+
+    def rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def quantized_product(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
     def product(
         self,
         x: torch.Tensor,

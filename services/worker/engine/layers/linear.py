@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from services.worker.engine.layers.fp8 import Rows
 from services.worker.engine.layers.matrix import make_matrix
 from services.worker.engine.layers.parameters import Placement, StoredTensor, shard_size
 
@@ -51,14 +52,14 @@ class ColumnParallelLinear:
             offset += size
         self.sizes = tuple(source.stop - source.start for _, source, _ in self._rows.values())
         names = [prefix + part.name for part in parts]
-        self._matrix = make_matrix(names, offset, in_features, placement)
+        self.matrix = make_matrix(names, offset, in_features, placement)
         self.bias = placement.empty(offset) if bias else None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, (part, _, _) in self._rows.items():
             out_features = part.num_units * part.unit_size
-            for kind, shape in self._matrix.tensors(out_features, self._in_features).items():
+            for kind, shape in self.matrix.tensors(out_features, self._in_features).items():
                 shapes[f"{name}.{kind}"] = shape
             if self.bias is not None:
                 shapes[f"{name}.bias"] = (out_features,)
@@ -68,14 +69,14 @@ class ColumnParallelLinear:
         part_name, kind = name.rsplit(".", 1)
         _, source, target = self._rows[part_name]
         if kind != "bias":
-            self._matrix.load(kind, tensor, target=target, rows=source, columns=slice(None))
+            self.matrix.load(kind, tensor, target=target, rows=source, columns=slice(None))
             return
         assert self.bias is not None, "tensors() names a bias only where there is one"
         self.bias[target].copy_(tensor[source])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, I] -> [T, O]"""
-        return self._matrix.multiply(x, self.bias)
+        return self.matrix.multiply(x, self.bias)
 
 
 class RowParallelLinear:
@@ -96,11 +97,11 @@ class RowParallelLinear:
         self._group = placement.group
         size = shard_size(in_features, placement.group, f"input features of {name}")
         self._source = slice(placement.group.rank * size, (placement.group.rank + 1) * size)
-        self._matrix = make_matrix([prefix + name], out_features, size, placement)
+        self.matrix = make_matrix([prefix + name], out_features, size, placement)
         self.bias = placement.empty(out_features) if bias else None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        kinds = self._matrix.tensors(*self._shape)
+        kinds = self.matrix.tensors(*self._shape)
         shapes = {f"{self._name}.{kind}": shape for kind, shape in kinds.items()}
         if self.bias is not None:
             shapes[f"{self._name}.bias"] = self._shape[:1]
@@ -110,16 +111,16 @@ class RowParallelLinear:
         kind = name.rsplit(".", 1)[1]
         if kind != "bias":
             whole = slice(0, self._shape[0])
-            self._matrix.load(kind, tensor, target=whole, rows=whole, columns=self._source)
+            self.matrix.load(kind, tensor, target=whole, rows=whole, columns=self._source)
             return
         assert self.bias is not None, "tensors() names a bias only where there is one"
         self.bias.copy_(tensor[...])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, I] -> [T, O]"""
         if self._group.size == 1:
-            return self._matrix.multiply(x, self.bias)
-        out = self._group.all_reduce(self._matrix.multiply(x))
+            return self.matrix.multiply(x, self.bias)
+        out = self._group.all_reduce(self.matrix.multiply(x))
         return out if self.bias is None else out.add_(self.bias)
 
 

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.fp8 import FEATURE_MULTIPLE, Fp8Matrix
+from services.worker.engine.layers.fp8 import FEATURE_MULTIPLE, Fp8Matrix, Rows
+from services.worker.engine.layers.fused import Fp8Kernels
 from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 
@@ -19,6 +20,10 @@ class Matrix(Protocol):
     """One rank's [O, I] weights, of one or several checkpoint matrices over the same input."""
 
     weight: torch.Tensor
+
+    @property
+    def kernels(self) -> Fp8Kernels | None:
+        """What may round activations to FP8 for `multiply`; None where it takes them as made."""
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Full shape of what a checkpoint states for one matrix of this size, by kind."""
@@ -28,12 +33,14 @@ class Matrix(Protocol):
     ) -> None:
         """Take `rows` and `columns` of a full tensor as this rank's rows `target`."""
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: Rows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, I] -> [T, O]"""
 
 
 class DenseMatrix:
     """Owns `weight` [O, I] in the model's type."""
+
+    kernels = None
 
     def __init__(self, out_features: int, in_features: int, placement: Placement) -> None:
         self.weight = placement.empty_matrix(out_features, in_features)
@@ -46,7 +53,8 @@ class DenseMatrix:
     ) -> None:
         self.weight[target].copy_(tensor[rows, columns])
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(self, x: Rows, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor), "only FP8 weights are multiplied with FP8 rows"
         return F.linear(x, self.weight, bias)
 
 

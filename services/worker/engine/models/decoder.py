@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
 from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
+from services.worker.engine.layers.fp8 import Fp8Rows, Rows
 from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
@@ -61,7 +62,7 @@ class Attention:
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Rows,
         cos: torch.Tensor,
         sin: torch.Tensor,
         backend: AttentionBackend,
@@ -110,11 +111,15 @@ class Mlp:
         )
         self._fused = fused_kernels(placement.device, placement.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, E] -> [T, E]"""
+        gate_up = self.gate_up.forward(x)
+        fp8 = self.down.matrix.kernels
+        if fp8 is not None and len(x) > fp8.FEW_TOKENS:
+            return self.down.forward(Fp8Rows(*fp8.silu_mul(gate_up)))
         if self._fused is not None:
-            return self.down.forward(self._fused.silu_mul(self.gate_up.forward(x)))
-        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
+            return self.down.forward(self._fused.silu_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down.forward(F.silu(gate).mul_(up))
 
 
@@ -125,8 +130,12 @@ class DecoderLayer:
         self.attention = Attention(config, index, placement)
         self.mlp = Mlp(config, index, placement)
         size, eps = config.hidden_size, config.norm_eps
-        self.input_norm = RmsNorm("input_layernorm", size, eps, placement)
-        self.mlp_norm = RmsNorm("post_attention_layernorm", size, eps, placement)
+        self.input_norm = RmsNorm(
+            "input_layernorm", size, eps, placement, self.attention.qkv.matrix.kernels
+        )
+        self.mlp_norm = RmsNorm(
+            "post_attention_layernorm", size, eps, placement, self.mlp.gate_up.matrix.kernels
+        )
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
@@ -175,7 +184,7 @@ class Decoder:
         """[T] ids and positions -> [T, E] after the last norm."""
         cos, sin = self._rotary.at(positions)
         residual = embed(self._embedding, token_ids)
-        x = self._layers[0].input_norm.forward(residual)
+        x = self._layers[0].input_norm.forward_rows(residual)
         for index, layer in enumerate(self._layers):
             x = layer.attention.forward(x, cos, sin, backend)
             x, residual = layer.mlp_norm.forward_add(x, residual)
@@ -184,6 +193,7 @@ class Decoder:
                 self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
             )
             x, residual = following.forward_add(x, residual)
+        assert isinstance(x, torch.Tensor), "the output head is not in FP8"
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
