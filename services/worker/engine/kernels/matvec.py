@@ -105,60 +105,38 @@ def _one_token(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """T = 1: multiply and add, element by element; one sum per thread and row until the end."""
+    """T = 1: every thread multiplies and adds its own columns; they meet at the end."""
     program = tl.program_id(0)
     index = program * ROWS + tl.arange(0, ROWS)
     # Of a gated layer, rows of gate and up alternate, so that a pair is in one program.
     rows = (index % 2) * (num_rows // 2) + index // 2 if GATED else index
-    columns = tl.arange(0, BLOCK)[None, :]
+    # Eight columns a thread, 16 bytes of x, also where 16 bytes of W are more: else x would
+    # have to change threads.
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
     tile = weight + rows.to(tl.int64)[:, None] * K + columns
     inside = index[:, None] < num_rows
     if DEPENDENT:
         allow_dependents()
         if PREFETCH:
             _prefetch_rows(weight, program, num_rows, K, ROWS, GATED)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((1, BLOCK), tl.float32)
-    if STAGES <= 1:
-        following = tl.load(tile, inside & (columns < K), other=0.0, eviction_policy="evict_first")
+    following = tl.load(tile, inside & (columns < K), other=0.0, eviction_policy="evict_first")
     if DEPENDENT:
         wait_for_predecessors()
-    if STAGES == 0:
-        for start in tl.static_range(0, K, BLOCK):
-            current = following
-            if start + BLOCK < K:
-                following = tl.load(
-                    tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            within = start + columns < K
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
-    elif STAGES == 1:
-        for start in range(0, K, BLOCK):
-            current = following
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((1, BLOCK), tl.float32)
+    for start in tl.static_range(0, K, BLOCK):
+        current = following
+        if start + BLOCK < K:
             following = tl.load(
                 tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
-            within = start + columns < K
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
-    else:
-        for start in tl.range(0, K, BLOCK, num_stages=STAGES):
-            within = start + columns < K
-            current = tl.load(tile + start, inside & within, other=0.0, eviction_policy="evict_first")
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
+        within = start + columns < K
+        values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += values * values
+            values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
+        total += current.to(tl.float32) * values
     _finish(
         tl.sum(total, axis=1)[None, :], tl.sum(squares, axis=1), index, rows, scale, bias,
         residual, out, eps, num_tokens, num_rows, K, TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE,
