@@ -13,7 +13,7 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionInputs
 from services.worker.engine.attention.upload import upload, upload_into
-from services.worker.engine.batch import LAST_SAMPLED, StepPlan
+from services.worker.engine.batch import LAST_SAMPLED, Int32Array, StepPlan
 from services.worker.engine.layers.parameters import MIN_CPU_ROWS
 
 
@@ -66,6 +66,11 @@ class SlotTables:
         self._last_ids = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         # On a CPU both twins are the same memory.
         self._page_table = torch.from_numpy(self._host_pages).to(device)
+
+    @property
+    def host_page_table(self) -> Int32Array:
+        """[slots, pages] as of the last prepared plan."""
+        return self._host_pages
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Apply the plan's page changes and lay out its tokens."""
