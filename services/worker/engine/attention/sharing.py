@@ -22,7 +22,7 @@ from services.worker.engine.batch import Int32Array
 
 # What a second pass and a merge take in a layer, launches included, as bytes that the memory of
 # a current GPU moves meanwhile: about 20 us at 3 TB/s.
-_MIN_SAVED_BYTES = 64 * 1024**2
+MIN_SAVED_BYTES = 64 * 1024**2
 # A shorter prefix fills no tile of a kernel.
 _MIN_PREFIX_TOKENS = 64
 
@@ -79,7 +79,7 @@ class PrefixFinder:
     def __init__(self, *, page_size: int, token_bytes: int) -> None:
         """`token_bytes`: one layer's keys and values of a token."""
         self._page_size = page_size
-        self._min_saved_pages = -(-_MIN_SAVED_BYTES // (token_bytes * page_size))
+        self._page_bytes = token_bytes * page_size
         self._min_pages = -(-_MIN_PREFIX_TOKENS // page_size)
         self._found: _Found | None = None
 
@@ -118,7 +118,7 @@ class PrefixFinder:
         best = _best_groups(common)
         num_pages = np.zeros(len(slots), np.intp)
         groups = None
-        if best.saved_pages >= self._min_saved_pages:
+        if best.saved_pages * self._page_bytes >= MIN_SAVED_BYTES:
             groups, num_pages = best, best.pages_by_row(len(slots))
         watched = np.maximum(num_pages - 1, 0)
         return _Found(
