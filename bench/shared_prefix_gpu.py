@@ -177,17 +177,18 @@ class _Inbox:
 
 class _Outbox:
     def __init__(self) -> None:
-        self.num_tokens = self.num_finished = 0
+        self.num_finished = 0
+        self.started: set[int] = set()
 
     def send(self, message: StepOutput) -> None:
-        self.num_tokens += len(message.token_ids)
+        self.started.update(message.keys)
         self.num_finished += len(message.finishes)
 
 
 def measure_engine(
     loop: EngineLoop, inbox: _Inbox, outbox: _Outbox, arguments: Any, seed: int
-) -> float:
-    """Requests a second of all groups, from the first step to the last result."""
+) -> dict[str, float]:
+    """Serve all groups, from the first step to the last result."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, arguments.vocab_size, (arguments.groups, arguments.prefix))
     requests = []
@@ -209,14 +210,25 @@ def measure_engine(
     random.shuffle(requests)
     inbox.messages += [FlushCache(), *requests]
     outbox.num_finished = 0
+    outbox.started.clear()
     gc.collect()
     gc.disable()
     started = time.perf_counter()
+    prefilled_s = 0.0
+    num_steps = num_mixed = 0
     while outbox.num_finished < len(requests):
         loop.step()
+        num_steps += 1
+        if not prefilled_s and len(outbox.started) == len(requests):
+            prefilled_s, num_mixed = time.perf_counter() - started, num_steps
     seconds = time.perf_counter() - started
     gc.enable()
-    return len(requests) / seconds
+    return {
+        "requests_per_s": round(len(requests) / seconds, 1),
+        "until_all_had_a_token_s": round(prefilled_s, 3),
+        "steps_until_then": num_mixed,
+        "ms_per_step_after": round((seconds - prefilled_s) * 1000 / (num_steps - num_mixed), 2),
+    }
 
 
 def run_engine(arguments: Any) -> dict[str, Any]:
@@ -237,14 +249,16 @@ def run_engine(arguments: Any) -> dict[str, Any]:
     loop = build_loop(runner, plan, inbox, outbox)
     arguments.vocab_size = plan.vocab_size
     least = sharing.MIN_SAVED_BYTES
-    figures: dict[str, list[float]] = {"prefix_order": [], "cascade": []}
+    figures: dict[str, list[dict[str, float]]] = {"cascade": [], "prefix_order": []}
     for run in range(arguments.runs + 1):
-        for name, rates in figures.items():
+        for name, measured in figures.items():
             sharing.MIN_SAVED_BYTES = least if name == "cascade" else 1 << 62
-            rate = measure_engine(loop, inbox, outbox, arguments, seed=2 * run + len(rates))
+            figure = measure_engine(
+                loop, inbox, outbox, arguments, seed=2 * run + (name == "cascade")
+            )
             # The first of each warms up.
             if run:
-                rates.append(round(rate, 1))
+                measured.append(figure)
     runner.close()
     return figures
 
