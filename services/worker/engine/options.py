@@ -51,3 +51,5 @@ class EnginePlan:
     tp_size: int
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""
+    piece_graph_sizes: tuple[int, ...] = ()
+    """Numbers of tokens for which what lies between attention layers is captured."""

@@ -56,11 +56,17 @@ class AttentionBackend(Protocol):
         """Prepare for a step."""
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension.
 
-        Rows beyond the planned tokens are padding: not written, and zero in the result.
+        Rows beyond the planned tokens are padding: not written, and zero in the result. The
+        result is `out`, contiguous, where that is given.
         """
 
 

@@ -121,16 +121,22 @@ class FlashInferAttention:
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if not can_run(layer, self._head_dim):
-            return self._fallback.run(q, k, v, layer)
+            return self._fallback.run(q, k, v, layer, out)
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
         locations = self._inputs.locations
         num_tokens = len(locations)
         write_kv(k, v, keys, values, locations)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for part in self._parts:
             part.call.run(q[part.tokens], (keys, values), out=out[part.tokens])
         if len(q) > num_tokens:

@@ -110,10 +110,9 @@ class DecodeGraphs:
 
 
 def decode_graph_sizes(max_rows: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then every 8, up to what holds `max_rows` but at most 256."""
-    largest = min(-(-max_rows // 8) * 8, 256)
-    sizes = (1, 2, 4, *range(8, largest + 1, 8))
-    return tuple(size for size in sizes if size <= largest)
+    """1, 2, 4, then every 8 to 256 and every 16 to 512, up to the first that holds `max_rows`."""
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    return sizes[: np.searchsorted(sizes, max(max_rows, 8)) + 1]
 
 
 def _padding_only() -> StepPlan:

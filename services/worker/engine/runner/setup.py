@@ -17,6 +17,7 @@ from services.worker.engine.models.weights import load_dummy_weights, load_weigh
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.pieces import piece_graph_sizes
 
 ATTENTION_BACKENDS = ("torch", "flashinfer")
 
@@ -165,6 +166,11 @@ def decide_plan(
         max_step_tokens=options.chunked_prefill_size,
         tp_size=options.tp_size,
         graph_sizes=decide_graph_sizes(options, config, backend),
+        piece_graph_sizes=(
+            piece_graph_sizes(options.chunked_prefill_size)
+            if backend != "torch" and not options.disable_cuda_graph
+            else ()
+        ),
     )
 
 
@@ -224,5 +230,7 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
     )
     runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
     if plan.graph_sizes:
-        runner.capture(backend, plan.graph_sizes)
+        runner.capture_decodes(backend, plan.graph_sizes)
+    if plan.piece_graph_sizes:
+        runner.capture_pieces(plan.piece_graph_sizes)
     return runner
