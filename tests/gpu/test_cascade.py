@@ -154,10 +154,10 @@ def make_backend(rows: Sharing):  # type: ignore[no-untyped-def]
 
 
 def long_prefixes() -> Sharing:
-    """40 rows: 18 and 15 share 1,600 tokens, the others nothing."""
+    """44 rows: 18 and 15 share 3,200 tokens, the others nothing."""
     torch.manual_seed(1)
-    rows = Sharing(num_heads=32, num_kv_heads=8, page_size=16, max_len=1800, num_rows=44)
-    rows.share([(2, 18, 100), (20, 15, 100)])
+    rows = Sharing(num_heads=32, num_kv_heads=8, page_size=16, max_len=3400, num_rows=44)
+    rows.share([(2, 18, 200), (20, 15, 200)])
     return rows
 
 
@@ -166,10 +166,10 @@ def test_mixed_steps_read_long_prefixes_once() -> None:
     backend = make_backend(rows)
     random = np.random.default_rng(2)
     # Rows 40 and up prefill, two of them over the pages of one group.
-    rows.table[40:42, :100] = rows.table[2, :100]
+    rows.table[40:42, :200] = rows.table[2, :200]
     for _ in range(3):
-        starts = random.integers(1610, 1790, 44)
-        starts[40:42], starts[42:] = 1600, 0
+        starts = random.integers(3210, 3380, 44)
+        starts[40:42], starts[42:] = 3200, 0
         num_tokens = np.ones(44, np.int32)
         num_tokens[40:] = [17, 2, 130, 64]
         inputs = rows.inputs(np.arange(44), starts, num_tokens)
@@ -190,7 +190,7 @@ def test_steps_issued_before_the_last_ones_ran_do_not_disturb_them() -> None:
     for number in range(8):
         # Rows leave now and then, so that the groups are sometimes the last step's.
         slots = np.arange(number // 3, 40)
-        inputs = rows.inputs(slots, np.full(len(slots), 1620 + 3 * number))
+        inputs = rows.inputs(slots, np.full(len(slots), 3220 + 3 * number))
         packed = rows.packed(len(slots))
         steps.append((inputs, packed, rows.expected(inputs, packed)))
     torch.cuda.synchronize()
@@ -200,6 +200,8 @@ def test_steps_issued_before_the_last_ones_ran_do_not_disturb_them() -> None:
             # Two steps are in flight at most.
             torch.cuda.synchronize()
         torch.cuda._sleep(2_000_000)
+        single = (inputs.slots, inputs.start_positions, inputs.host_page_table)
+        assert backend.wants_eager(*single)
         backend.plan(inputs)
         got.append(backend.run(*packed, LAYER))
     for out, (_, _, expected) in zip(got, steps, strict=True):

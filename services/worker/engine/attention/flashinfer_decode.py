@@ -8,6 +8,7 @@ Shapes: S rows, H query heads, K key/value heads, D head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import flashinfer
@@ -78,20 +79,41 @@ class DecodeCalls:
 class PlannedCascade:
     """Decode rows of which some share prefixes: two passes and a merge a layer."""
 
-    def __init__(self, shared: Any, shared_rows: slice, own: Any) -> None:
-        self._shared = shared
-        self._shared_rows = shared_rows
+    def __init__(
+        self, own: Any, shared: Any, shared_rows: slice, *, num_rows: int, scratch: _Scratch
+    ) -> None:
         self._own = own
+        self._shared = shared
+        self._rows = shared_rows
+        self._own_lse = scratch.lse[:num_rows]
+        self._shared_lse = scratch.shared_lse[: shared_rows.stop - shared_rows.start]
+        self._shared_out = scratch.out[: shared_rows.stop - shared_rows.start]
 
     def run(self, q: torch.Tensor, pages: KeysAndValues, out: torch.Tensor) -> None:
         """q [S, H, D] -> out [S, H, D], contiguous."""
-        rows = self._shared_rows
-        own_lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        shared_out = torch.empty_like(out[rows])
-        shared_lse = torch.empty_like(own_lse[rows])
-        self._own.run(q, pages, out=out, lse=own_lse, return_lse=True)
+        rows, lse, shared_out, shared_lse = (
+            self._rows, self._own_lse, self._shared_out, self._shared_lse
+        )  # fmt: skip
+        self._own.run(q, pages, out=out, lse=lse, return_lse=True)
         self._shared.run(q[rows], pages, out=shared_out, lse=shared_lse, return_lse=True)
-        merge_attention(out[rows], own_lse[rows], shared_out, shared_lse)
+        merge_attention(out[rows], lse[rows], shared_out, shared_lse)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """What a layer's passes leave for its merge; layers run one by one, so one set serves all."""
+
+    # [S, H], [S, H] and [S, H, D]
+    lse: torch.Tensor
+    shared_lse: torch.Tensor
+    out: torch.Tensor
+
+    @classmethod
+    def of(cls, num_rows: int, shape: dict[str, Any], device: torch.device) -> _Scratch:
+        heads = (num_rows, shape["num_qo_heads"])
+        lse, shared_lse = torch.empty((2, *heads), dtype=torch.float32, device=device)
+        out = torch.empty((*heads, shape["head_dim"]), dtype=shape["q_data_type"], device=device)
+        return cls(lse, shared_lse, out)
 
 
 class CascadeCalls:
@@ -105,9 +127,9 @@ class CascadeCalls:
     ) -> None:
         self._device = float_workspace.device
         self._decode = decode
-        self._shape = dict(shape)
+        self._shape = shape
         self._page_size = shape["page_size"]
-        self._shape["head_dim_qk"] = self._shape.pop("head_dim")
+        self._scratch = _Scratch.of(0, shape, self._device)
         # FA2 packs the query heads of a key/value head into one tile and splits long prefixes;
         # FA3 as FlashInfer has it does neither, and a group has few rows.
         self._wrappers = [
@@ -124,7 +146,15 @@ class CascadeCalls:
         if groups is not self._planned_groups:
             self._plan_shared(inputs, groups)
             self._planned_groups = groups
-        return PlannedCascade(self._wrappers[self._turn], self._rows, self._decode.plan(own))
+        if num_rows > len(self._scratch.lse):
+            self._scratch = _Scratch.of(num_rows, self._shape, self._device)
+        return PlannedCascade(
+            self._decode.plan(own),
+            self._wrappers[self._turn],
+            self._rows,
+            num_rows=num_rows,
+            scratch=self._scratch,
+        )
 
     def _plan_shared(self, inputs: AttentionInputs, groups: PrefixGroups) -> None:
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
@@ -143,6 +173,8 @@ class CascadeCalls:
                 for slot, count in zip(slots.tolist(), groups.num_pages.tolist(), strict=True)
             ]
         )
+        shape = dict(self._shape)
+        shape["head_dim_qk"] = shape.pop("head_dim")
         self._wrappers[self._turn].plan(
             torch.from_numpy(bounds.astype(np.int32)),
             indptr_of(num_pages),
@@ -151,5 +183,5 @@ class CascadeCalls:
             torch.from_numpy(np.where(num_pages > 0, self._page_size, 0).astype(np.int32)),
             max_token_per_sequence=int(groups.num_rows.max()),
             causal=False,
-            **self._shape,
+            **shape,
         )

@@ -8,6 +8,13 @@ pass and a merge.
 Rows are compared by page ids alone. A page is shared only as the same page of a prefix: rows with
 the same page at an index have the same pages at all lower ones, which is what a prefix tree gives.
 
+What it gains. Neighbours that read the same pages find them in the second-level cache, which is
+about three times as fast as memory; so a layer takes either the time of reading what each row sees
+from there, or the time of reading everything once from memory and a second pass and a merge. Per
+group, with n rows that share P tokens and see L in sum, that is a gain of
+L - 3 (L - (n - 1) P) = 3 (n - 1) P - 2 L token reads from the cache, and all groups together must
+make up for the launches. Groups of fewer than four rows never gain.
+
 Shapes: S rows, G groups.
 """
 
@@ -20,11 +27,14 @@ import numpy.typing as npt
 
 from services.worker.engine.batch import Int32Array
 
-# What a second pass and a merge take in a layer, launches included, as bytes that the memory of
-# a current GPU moves meanwhile: about 20 us at 3 TB/s.
-MIN_SAVED_BYTES = 64 * 1024**2
+# Reads from the cache, in a layer, during the 35 us that the launches take beyond their reading.
+# Measured, as the factor of three, on an H100: bench/results/shared_prefix_gpu.md.
+MIN_GAINED_BYTES = 256 * 1024**2
+_CACHE_SPEEDUP = 3
 # A shorter prefix fills no tile of a kernel.
 _MIN_PREFIX_TOKENS = 64
+# Tokens by which rows grow until the gain is calculated anew.
+_REVIEW_TOKENS = 64
 
 _Rows = npt.NDArray[np.intp]
 
@@ -41,11 +51,6 @@ class PrefixGroups:
     first_rows: _Rows
     num_rows: _Rows
     num_pages: _Rows
-
-    @property
-    def saved_pages(self) -> int:
-        """Page reads spared."""
-        return int(((self.num_rows - 1) * self.num_pages).sum())
 
     def pages_by_row(self, num_rows: int) -> _Rows:
         """[S] shared pages of each row; 0 for those in no group."""
@@ -71,6 +76,8 @@ class _Found:
     watched_pages: Int32Array
     # [S] tokens in a row's shared pages.
     prefix_lens: _Rows
+    # Sum of positions from which on the answer is to be reviewed.
+    review_at: int
 
 
 class PrefixFinder:
@@ -79,7 +86,7 @@ class PrefixFinder:
     def __init__(self, *, page_size: int, token_bytes: int) -> None:
         """`token_bytes`: one layer's keys and values of a token."""
         self._page_size = page_size
-        self._page_bytes = token_bytes * page_size
+        self._token_bytes = token_bytes
         self._min_pages = -(-_MIN_PREFIX_TOKENS // page_size)
         self._found: _Found | None = None
 
@@ -107,6 +114,7 @@ class PrefixFinder:
         return (
             np.array_equal(slots, found.slots)
             and bool((start_positions >= found.prefix_lens).all())
+            and int(start_positions.sum(dtype=np.int64)) < found.review_at
             and np.array_equal(page_table[slots, found.watched_indices], found.watched_pages)
         )
 
@@ -115,10 +123,11 @@ class PrefixFinder:
     ) -> _Found:
         common = _common_pages(slots, start_positions // self._page_size, page_table)
         common[common < self._min_pages] = 0
-        best = _best_groups(common)
+        lengths = start_positions.astype(np.int64) + 1
+        best, gain = _best_groups(common, lengths, self._page_size)
         num_pages = np.zeros(len(slots), np.intp)
         groups = None
-        if best.saved_pages * self._page_bytes >= MIN_SAVED_BYTES:
+        if gain * self._token_bytes >= MIN_GAINED_BYTES:
             groups, num_pages = best, best.pages_by_row(len(slots))
         watched = np.maximum(num_pages - 1, 0)
         return _Found(
@@ -127,6 +136,7 @@ class PrefixFinder:
             watched,
             page_table[slots, watched],
             num_pages * self._page_size,
+            int(lengths.sum()) + _REVIEW_TOKENS * len(slots),
         )
 
 
@@ -157,34 +167,41 @@ class _Open:
 
     num_pages: int
     first_row: int
-    # Groups among them that share more pages, and the page reads that those spare.
+    # Groups among them that share more pages, and what those gain.
     groups: list[tuple[int, int, int]]
-    saved: int
+    gain: int
 
 
-def _best_groups(common: _Rows) -> PrefixGroups:
-    """Disjoint groups that spare many page reads, from the [S - 1] pages in common.
+def _best_groups(
+    common: _Rows, lengths: npt.NDArray[np.int64], page_size: int
+) -> tuple[PrefixGroups, int]:
+    """Disjoint groups that gain most, and their gain in token reads from the cache.
 
-    Any neighbours share the least of what lies between them, so candidates are nested like the
-    prefix tree itself; a candidate is taken whole unless its parts spare more, and then the rows
-    between the parts share nothing.
+    From the [S - 1] pages in common and the [S] tokens that each row sees. Any neighbours share
+    the least of what lies between them, so candidates are nested like the prefix tree itself; a
+    candidate is taken whole unless its parts gain more, and then the rows between the parts share
+    nothing.
     """
     # Within a run of equal numbers nothing opens or closes.
     changes = np.flatnonzero(np.diff(common, prepend=0, append=0))
     heights = np.append(common, 0)[changes].tolist()
+    seen = np.cumsum(lengths) - lengths
     opened = [_Open(0, 0, [], 0)]
     for row, height in zip(changes.tolist(), heights, strict=True):
-        first, groups, saved = row, list[tuple[int, int, int]](), 0
+        first, groups, gain = row, list[tuple[int, int, int]](), 0
         while opened[-1].num_pages > height:
             closed = opened.pop()
-            first, whole = closed.first_row, (row - closed.first_row) * closed.num_pages
-            groups, saved = closed.groups + groups, closed.saved + saved
-            if whole >= saved:
-                groups, saved = [(first, row + 1 - first, closed.num_pages)], whole
+            first = closed.first_row
+            groups, gain = closed.groups + groups, closed.gain + gain
+            spared = (row - first) * closed.num_pages * page_size
+            visible = int(seen[row] - seen[first] + lengths[row])
+            whole = _CACHE_SPEEDUP * spared - (_CACHE_SPEEDUP - 1) * visible
+            if whole > 0 and whole >= gain:
+                groups, gain = [(first, row + 1 - first, closed.num_pages)], whole
         if opened[-1].num_pages < height:
-            opened.append(_Open(height, first, groups, saved))
+            opened.append(_Open(height, first, groups, gain))
         else:
             opened[-1].groups += groups
-            opened[-1].saved += saved
+            opened[-1].gain += gain
     table = np.array(opened[0].groups, np.intp).reshape(-1, 3)
-    return PrefixGroups(table[:, 0], table[:, 1], table[:, 2])
+    return PrefixGroups(table[:, 0], table[:, 1], table[:, 2]), opened[0].gain
