@@ -129,7 +129,10 @@ class CascadeCalls:
         self._decode = decode
         self._shape = shape
         self._page_size = shape["page_size"]
-        self._scratch = _Scratch.of(0, shape, self._device)
+        self._scratch = _Scratch.of(1, shape, self._device)
+        # Compiles the merge now rather than in a step that somebody waits for.
+        lse, shared_lse = self._scratch.lse.zero_(), self._scratch.shared_lse.zero_()
+        merge_attention(self._scratch.out.zero_(), lse, self._scratch.out, shared_lse)
         # FA2 packs the query heads of a key/value head into one tile and splits long prefixes;
         # FA3 as FlashInfer has it does neither, and a group has few rows.
         self._wrappers = [
