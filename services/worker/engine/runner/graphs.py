@@ -73,8 +73,8 @@ class DecodeGraphs:
             num_rows == len(plan.token_ids) == len(plan.sample_rows)
             and num_rows <= self._sizes[-1]
             and not plan.prompt_logprobs
-            # The plan's own page changes are not in the table yet: they are told of pages that
-            # other rows share at most, and what is best is decided anew when the step is planned.
+            # The table lacks the plan's own page changes, so this is a good guess; the backend
+            # decides once more when it plans the step.
             and not self._backend.wants_eager(
                 plan.slots, plan.start_positions, self._tables.host_page_table
             )
