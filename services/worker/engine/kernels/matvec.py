@@ -1,12 +1,12 @@
 """Products of a weight matrix with few rows, at the speed at which memory gives the weights.
 
 y = x W^T for up to MAX_TOKENS rows of x, sums in float32. What stands around such a product in a
-decoder is done in the same launch: the norm of x before it (its scale is applied to the sums, so
-x is read once), and after it the bias, the gated activation or the residual's addition. Weights
-may be float8 with one float32 scale per output.
+decoder is done in the same launch: for one token the norm of x before it (its scale is applied to
+the sums, so x is read once), and after it the bias, the gated activation or the residual's
+addition. Weights may be float8 with one float32 scale per output.
 
-On GPUs that have it, kernels start while their predecessor still runs (programmatic dependent
-launch): weights do not depend on it, so they are on their way to the L2 cache before the wait.
+Kernels start while their predecessor still runs where the GPU can do that: for one token the
+first weights are then on their way before the wait, since they do not depend on it.
 
 Shapes: T tokens, K input features, N output features, F = N / 2 of a gated layer.
 """
@@ -22,14 +22,15 @@ import triton.language as tl
 
 from services.worker.engine.kernels.dependent_launch import (
     allow_dependents,
-    can_launch_dependents,
-    prefetch_to_l2,
+    launch_options,
     wait_for_predecessors,
 )
 
 MAX_TOKENS = 32
-# Bytes of a row of weights must be whole 16-byte loads.
-_ALIGNMENT = 16
+# Several tokens: fewer outputs than this are too few programs to keep the memory busy.
+_MIN_ROWS = 4096
+# Features are read 16 at a time, which aligns every row for the widest loads.
+_FEATURE_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +53,40 @@ class Tile:
 
 
 @triton.jit
-def _prefetch_rows(weight, program, num_rows, K: tl.constexpr, ROWS: tl.constexpr,
-                   GATED: tl.constexpr):  # fmt: skip
-    row_bytes: tl.constexpr = K * weight.dtype.element_ty.primitive_bitwidth // 8
+def _rows_of(program, num_rows, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """A program's rows of W; of a gated layer gate and up alternate, so that pairs stay together.
+
+    Beyond the last row it is the last one: its sums are not stored.
+    """
+    index = tl.minimum(program * ROWS + tl.arange(0, ROWS), num_rows - 1)
     if GATED:
-        half: tl.constexpr = ROWS // 2
-        first = program * half
-        count = tl.minimum(num_rows // 2 - first, half)
-        prefetch_to_l2(weight + first.to(tl.int64) * K, count * row_bytes)
-        prefetch_to_l2(weight + (num_rows // 2 + first).to(tl.int64) * K, count * row_bytes)
-    else:
-        first = program * ROWS
-        count = tl.minimum(num_rows - first, ROWS)
-        prefetch_to_l2(weight + first.to(tl.int64) * K, count * row_bytes)
+        index = (index % 2) * (num_rows // 2) + index // 2
+    return index.to(tl.int64)
 
 
 @triton.jit
 def _finish(
-    sums, squares, index, rows, scale, bias, residual, out, eps, num_tokens, num_rows,
+    sums, squares, rows, scale, bias, residual, out, eps, num_tokens, num_rows,
     K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Turn [TOKENS, ROWS] sums into outputs and store them."""
-    inside = index < num_rows
     if HAS_SCALE:
-        sums *= tl.load(scale + rows, inside, other=0.0)[None, :]
+        sums *= tl.load(scale + rows)[None, :]
     if HAS_NORM:
         sums *= tl.rsqrt(squares / K + eps)[:, None]
     if HAS_BIAS:
-        sums += tl.load(bias + rows, inside, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + rows).to(tl.float32)[None, :]
     tokens = tl.arange(0, TOKENS)[:, None]
-    num_columns = num_rows
-    columns = index[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(sums, (TOKENS, ROWS // 2, 2)))
         sums = gate * tl.sigmoid(gate) * up
         num_columns = num_rows // 2
         columns = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)[None, :]
+    else:
+        num_columns = num_rows
+        columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     inside = (tokens < num_tokens) & (columns < num_columns)
     offsets = tokens.to(tl.int64) * num_columns + columns
     if HAS_RESIDUAL:
@@ -98,71 +95,48 @@ def _finish(
 
 
 @triton.jit
+def _load_weights(tile, columns, start: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    if start + BLOCK > K:
+        within = start + columns < K
+        return tl.load(tile + start, within, other=0.0, eviction_policy="evict_first")
+    else:
+        return tl.load(tile + start, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _one_token(
     x, x_stride, weight, norm_weight, scale, bias, residual, out, eps, num_tokens, num_rows,
     K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """T = 1: multiply and add, element by element; one sum per thread and row until the end."""
-    program = tl.program_id(0)
-    index = program * ROWS + tl.arange(0, ROWS)
-    # Of a gated layer, rows of gate and up alternate, so that a pair is in one program.
-    rows = (index % 2) * (num_rows // 2) + index // 2 if GATED else index
-    columns = tl.arange(0, BLOCK)[None, :]
-    tile = weight + rows.to(tl.int64)[:, None] * K + columns
-    inside = index[:, None] < num_rows
+    """T = 1: every thread multiplies and adds its own columns; they meet at the end."""
+    rows = _rows_of(tl.program_id(0), num_rows, ROWS, GATED)
+    # Eight columns a thread, 16 bytes of x, also where 16 bytes of W are more: else x would
+    # have to change threads.
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
+    tile = weight + rows[:, None] * K + columns
     if DEPENDENT:
         allow_dependents()
-        if PREFETCH:
-            _prefetch_rows(weight, program, num_rows, K, ROWS, GATED)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((1, BLOCK), tl.float32)
-    if STAGES <= 1:
-        following = tl.load(tile, inside & (columns < K), other=0.0, eviction_policy="evict_first")
+    following = _load_weights(tile, columns, 0, K, BLOCK)
     if DEPENDENT:
         wait_for_predecessors()
-    if STAGES == 0:
-        for start in tl.static_range(0, K, BLOCK):
-            current = following
-            if start + BLOCK < K:
-                following = tl.load(
-                    tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            within = start + columns < K
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
-    elif STAGES == 1:
-        for start in range(0, K, BLOCK):
-            current = following
-            following = tl.load(
-                tile + (start + BLOCK), inside & (start + BLOCK + columns < K), other=0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            within = start + columns < K
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
-    else:
-        for start in tl.range(0, K, BLOCK, num_stages=STAGES):
-            within = start + columns < K
-            current = tl.load(tile + start, inside & within, other=0.0, eviction_policy="evict_first")
-            values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += values * values
-                values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            total += current.to(tl.float32) * values
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((1, BLOCK), tl.float32)
+    for start in tl.static_range(0, K, BLOCK):
+        current = following
+        if start + BLOCK < K:
+            following = _load_weights(tile, columns, start + BLOCK, K, BLOCK)
+        within = start + columns < K
+        values = tl.load(x + start + columns, within, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += values * values
+            values *= tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
+        total += current.to(tl.float32) * values
     _finish(
-        tl.sum(total, axis=1)[None, :], tl.sum(squares, axis=1), index, rows, scale, bias,
-        residual, out, eps, num_tokens, num_rows, K, TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE,
-        HAS_BIAS, HAS_RESIDUAL,
+        tl.sum(total, axis=1)[None, :], tl.sum(squares, axis=1), rows, scale, bias, residual, out,
+        eps, num_tokens, num_rows, K, TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE, HAS_BIAS,
+        HAS_RESIDUAL,
     )  # fmt: skip
 
 
@@ -171,51 +145,40 @@ def _few_tokens(
     x, x_stride, weight, norm_weight, scale, bias, residual, out, eps, num_tokens, num_rows,
     K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """T up to TOKENS: matrix instructions over rows padded to TOKENS."""
-    program = tl.program_id(0)
-    index = program * ROWS + tl.arange(0, ROWS)
-    rows = (index % 2) * (num_rows // 2) + index // 2 if GATED else index
+    """T up to TOKENS: matrix instructions, W's rows being the many that they want."""
+    rows = _rows_of(tl.program_id(0), num_rows, ROWS, GATED)
     columns = tl.arange(0, BLOCK)[None, :]
-    tile = weight + rows.to(tl.int64)[:, None] * K + columns
-    inside = index[:, None] < num_rows
+    tokens = tl.arange(0, TOKENS)[:, None]
+    tile = weight + rows[:, None] * K + columns
+    source = x + tokens.to(tl.int64) * x_stride + columns
     if DEPENDENT:
         allow_dependents()
-        if PREFETCH:
-            _prefetch_rows(weight, program, num_rows, K, ROWS, GATED)
         wait_for_predecessors()
-    tokens = tl.arange(0, TOKENS)[:, None]
-    source = x + tokens.to(tl.int64) * x_stride + columns
-    total = tl.zeros((TOKENS, ROWS), tl.float32)
-    squares = tl.zeros((TOKENS, BLOCK), tl.float32)
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in tl.range(0, K, BLOCK, num_stages=STAGES):
-        within = start + columns < K
-        block = tl.load(
-            tile + start, inside & within, other=0.0, eviction_policy="evict_first"
-        )  # fmt: skip
-        values = tl.load(source + start, (tokens < num_tokens) & within, other=0.0)
-        if HAS_NORM:
-            wide = values.to(tl.float32)
-            squares += wide * wide
-            factors = tl.load(norm_weight + start + columns, within, other=0.0).to(tl.float32)
-            values = (wide * factors).to(values.dtype)
-        total = tl.dot(values, tl.trans(block.to(values.dtype)), total)
+        if K % BLOCK == 0:
+            block = tl.load(tile + start, eviction_policy="evict_first")
+            values = tl.load(source + start, tokens < num_tokens, other=0.0)
+        else:
+            within = start + columns < K
+            block = tl.load(tile + start, within, other=0.0, eviction_policy="evict_first")
+            values = tl.load(source + start, (tokens < num_tokens) & within, other=0.0)
+        total = tl.dot(block.to(values.dtype), tl.trans(values), total)
     _finish(
-        total, tl.sum(squares, axis=1), index, rows, scale, bias, residual, out, eps,
-        num_tokens, num_rows, K, TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE, HAS_BIAS,
-        HAS_RESIDUAL,
+        tl.trans(total), total, rows, scale, bias, residual, out, eps, num_tokens, num_rows, K,
+        TOKENS, ROWS, GATED, HAS_NORM, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these kernels compute this product; shapes and types only, not speed."""
-    return (
-        1 <= len(x) <= MAX_TOKENS
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.is_contiguous()
-        and weight.shape[1] * weight.itemsize % _ALIGNMENT == 0
+    """Whether these kernels compute this product, and faster than cuBLAS does."""
+    num_rows, size = weight.shape
+    if x.dtype.itemsize != 2 or size % _FEATURE_MULTIPLE or not weight.is_contiguous():
+        return False
+    return len(x) == 1 or (
+        1 < len(x) <= MAX_TOKENS and num_rows >= _MIN_ROWS and weight.dtype == x.dtype
     )
 
 
@@ -228,15 +191,14 @@ def matvec(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    tile: Tile | None = None,
 ) -> torch.Tensor:
     """x [T, K], rows contiguous; weight [N, K] -> [T, N].
 
     `weight` is of x's type or, with `scale` [N] in float32, float8_e4m3fn. `residual` [T, N] is
-    added last.
+    added last. `norm` is for one token only.
     """
     out = x.new_empty(len(x), len(weight), dtype=out_dtype)
-    _launch(x, weight, bias, scale, norm, residual, out, tile, gated=False)
+    _launch(x, weight, bias, scale, norm, residual, out, gated=False)
     return out
 
 
@@ -247,11 +209,10 @@ def gated_matvec(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     norm: Norm | None = None,
-    tile: Tile | None = None,
 ) -> torch.Tensor:
     """As `matvec`, of gate (the first F rows) and up: silu(gate) * up, [T, F]."""
     out = x.new_empty(len(x), len(weight) // 2)
-    _launch(x, weight, bias, scale, norm, None, out, tile, gated=True)
+    _launch(x, weight, bias, scale, norm, None, out, gated=True)
     return out
 
 
@@ -263,13 +224,12 @@ def _launch(
     norm: Norm | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    tile: Tile | None,
     *,
     gated: bool,
 ) -> None:
     num_tokens, (num_rows, size) = len(x), weight.shape
-    tile = tile or choose_tile(num_tokens, num_rows, size, weight.itemsize)
-    dependent = can_launch_dependents(x.device)
+    assert norm is None or num_tokens == 1, "several tokens are normed before"
+    tile = choose_tile(num_tokens, num_rows, size, weight.itemsize)
     kernel = _one_token if num_tokens == 1 else _few_tokens
     kernel[(triton.cdiv(num_rows, tile.rows),)](
         x, x.stride(0), weight, x if norm is None else norm.weight,
@@ -278,14 +238,18 @@ def _launch(
         num_tokens, num_rows, K=size, TOKENS=1 if num_tokens == 1 else 16 * -(-num_tokens // 16),
         ROWS=tile.rows, BLOCK=tile.block, STAGES=tile.num_stages, GATED=gated,
         HAS_NORM=norm is not None, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, PREFETCH=True, DEPENDENT=dependent,
-        num_warps=tile.num_warps, **({"launch_pdl": True} if dependent else {}),
+        HAS_RESIDUAL=residual is not None, num_warps=tile.num_warps, **launch_options(x.device),
     )  # fmt: skip
 
 
 @functools.cache
 def choose_tile(num_tokens: int, num_rows: int, size: int, itemsize: int) -> Tile:
-    """The tile that won for such a product on an H100."""
-    if num_tokens == 1:
-        return Tile(rows=4 if num_rows <= 8192 else 8, block=2048 // itemsize, num_warps=4)
-    return Tile(rows=32 if num_rows >= 4096 else 16, block=256, num_warps=4, num_stages=4)
+    """The tile that won for such a product on an H100, see bench/results/matvec_gpu.md."""
+    if num_tokens > 1:
+        return Tile(rows=64, block=128, num_warps=4, num_stages=8)
+    block = min(2048, max(256, triton.next_power_of_2(size)))
+    if num_rows >= 16384:
+        rows = 8
+    else:
+        rows = 4 if size <= 1024 or itemsize == 1 else 2
+    return Tile(rows=rows, block=block, num_warps=block // 256)
