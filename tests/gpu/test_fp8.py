@@ -78,8 +78,11 @@ def test_products_are_those_of_the_rounded_numbers(
     exact = F.linear(x.double(), widened, wide_bias)
     # Few tokens are not rounded to FP8; either way the output is rounded to bf16.
     expected = exact if num_tokens <= kernels.FEW_TOKENS else rounded
-    spread = float(expected.std())
-    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2 * spread)
+    error = (out.double() - expected) / expected.std()
+    # The tensor cores add FP8 products in fewer bits than float32 has, so single sums of very
+    # many are off by more than the output's rounding.
+    assert float(error.square().mean().sqrt()) < 0.01
+    assert float(error.abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
