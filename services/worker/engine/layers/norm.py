@@ -20,7 +20,7 @@ class RmsNorm:
         self._eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {f"{self._name}.weight": self._shape}

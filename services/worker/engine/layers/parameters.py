@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from services.worker.engine.distributed.group import TpGroup
+from services.worker.engine.layers.fused import FusedKernels
 
 # Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
 MIN_CPU_ROWS = 2
@@ -24,6 +25,8 @@ class Placement:
         self.device = device
         self.dtype = dtype
         self.group = group
+        # Stands in where a device and type have no fused kernels; None leaves that to torch.
+        self.compiled: FusedKernels | None = None
         self.num_bytes = 0
 
     def empty(self, *shape: int) -> torch.Tensor:

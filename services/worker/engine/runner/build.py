@@ -27,6 +27,7 @@ from services.worker.engine.runner.setup import (
     check_tp_size,
     decide_device,
     decide_plan,
+    device_memory,
     load_model,
     make_runner,
 )
@@ -122,6 +123,7 @@ def _plan(
         device=device,
         eos_token_ids=tuple(eos_token_ids(options.model_path, options.tokenizer_path)),
         pool_budget_bytes=budget,
+        device_bytes=device_memory(device),
     )
 
 
