@@ -25,6 +25,7 @@ from services.worker.engine.runner.profile import (
 from services.worker.engine.runner.ranks import LeadingRunner, RankLoaded, RankProcesses
 from services.worker.engine.runner.setup import (
     check_tp_size,
+    decide_context_length,
     decide_device,
     decide_plan,
     device_memory,
@@ -63,6 +64,11 @@ def build_runner(options: EngineOptions, on_progress: OnProgress) -> tuple[Runne
         runner.close()
         raise
     on_progress(1.0, "ready")
+    wanted = decide_context_length(options, config)
+    if plan.context_length < wanted:
+        logger.warning(
+            "event=context_limited_by_pool wanted=%s tokens=%s", wanted, plan.context_length
+        )
     logger.info("event=engine_plan %s", plan)
     return runner, plan
 

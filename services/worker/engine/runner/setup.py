@@ -291,4 +291,6 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
+    # What captures warmed up with lies on their streams, where steps cannot use it.
+    torch.cuda.empty_cache()
     return runner
