@@ -59,6 +59,11 @@ class ServeConfig:
     max_running_requests: int | None = None
     """Most sequences that run at once. Default: the worker's own."""
 
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request a worker starts first: the one with the longest cached prefix (those
+    that waited for 10 s before others), or the one that came first.
+    """
+
     page_size: int = 16
     """Tokens a page of the key/value cache."""
 
@@ -82,6 +87,14 @@ class ServeConfig:
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
+
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU."""
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
 
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""

@@ -12,8 +12,6 @@ from cyclopts import Parameter
 from services.common.model_files import builtin_model_path
 from services.worker.engine.options import EngineOptions
 
-_CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig:
@@ -61,7 +59,14 @@ class WorkerConfig:
     """Tokens the key/value cache holds. Default: what memory allows."""
 
     chunked_prefill_size: int | None = None
-    """Most tokens computed in one step. Default: 8192 with `--device cuda`, else 2048."""
+    """Most tokens computed in one step. Default, by the GPU's memory: 2048 below 35 GiB, 4096
+    below 60, 8192 below 160, else 16384; on CPUs 2048.
+    """
+
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request starts first: `lpm`, the one with the longest cached prefix (those
+    that waited for 10 s before others), or `fcfs`, the one that came first.
+    """
 
     max_running_requests: int = 256
     """Most sequences that run at once."""
@@ -92,6 +97,16 @@ class WorkerConfig:
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
+
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU; 16-bit types have kernels of their
+    own. Starts take longer, and results may differ in the last bits.
+    """
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
 
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
@@ -146,7 +161,6 @@ class WorkerConfig:
 
     def engine_options(self) -> EngineOptions:
         """What the engine needs of all this."""
-        prefill = self.chunked_prefill_size
         pages = self.max_total_tokens
         return EngineOptions(
             model_path=self.model_path,
@@ -161,7 +175,9 @@ class WorkerConfig:
             page_size=self.page_size,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
-            chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),
+            chunked_prefill_size=self.chunked_prefill_size,
+            schedule_policy=self.schedule_policy,
+            enable_torch_compile=self.enable_torch_compile,
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +30,12 @@ class EngineOptions:
     page_size: int = 16
     context_length: int | None = None
     max_running_sequences: int = 256
-    chunked_prefill_size: int = 2048
-    """Most tokens a step computes."""
+    chunked_prefill_size: int | None = None
+    """Most tokens a step computes; None goes by the device's memory."""
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Order of admission: longest cached prefix first, or first come first served."""
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU."""
     mem_fraction_static: float | None = None
     """Share of the free memory for weights and keys/values together; None: what is left over."""
     num_pages: int | None = None
@@ -57,6 +62,7 @@ class EnginePlan:
     tp_size: int
     quantization: str | None = None
     """"fp8" where linear layers are kept so."""
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""
     piece_graph_sizes: tuple[int, ...] = ()

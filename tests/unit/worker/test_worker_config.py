@@ -23,7 +23,8 @@ def test_flags_become_the_engines_options() -> None:
         *("--model-path", "/m/llama", "--max-total-tokens", "1000", "--page-size", "32"),
         *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
-        *("--attention-backend", "torch", "--disable-cuda-graph"),
+        *("--attention-backend", "torch", "--disable-cuda-graph", "--enable-torch-compile"),
+        *("--schedule-policy", "fcfs"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -36,6 +37,8 @@ def test_flags_become_the_engines_options() -> None:
         chunked_prefill_size=64,
         attention_backend="torch",
         disable_cuda_graph=True,
+        enable_torch_compile=True,
+        schedule_policy="fcfs",
         mem_fraction_static=0.5,
         num_pages=31,
     )
@@ -56,6 +59,7 @@ def test_repeated_flags_gather() -> None:
         ("--label", "zone"),
         ("--max-total-tokens", "3"),
         ("--role", "none"),
+        ("--schedule-policy", "random"),
         ("--unknown", "1"),
     ],
 )

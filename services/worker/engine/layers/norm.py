@@ -31,7 +31,7 @@ class RmsNorm:
         self._eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
         self._fp8 = fp8
 
     def tensors(self) -> dict[str, tuple[int, ...]]:

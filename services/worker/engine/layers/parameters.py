@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from services.worker.engine.distributed.group import TpGroup
+from services.worker.engine.layers.fused import FusedKernels
 
 if TYPE_CHECKING:
     from services.worker.engine.layers.fp8 import Fp8Scheme
@@ -35,6 +36,8 @@ class Placement:
         self.group = group
         # How linear layers are kept in FP8; None keeps all in `dtype`.
         self.fp8 = fp8
+        # Stands in where a device and type have no fused kernels; None leaves that to torch.
+        self.compiled: FusedKernels | None = None
         self.num_bytes = 0
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

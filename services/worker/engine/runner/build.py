@@ -25,8 +25,10 @@ from services.worker.engine.runner.profile import (
 from services.worker.engine.runner.ranks import LeadingRunner, RankLoaded, RankProcesses
 from services.worker.engine.runner.setup import (
     check_tp_size,
+    decide_context_length,
     decide_device,
     decide_plan,
+    device_memory,
     load_model,
     make_runner,
 )
@@ -62,6 +64,11 @@ def build_runner(options: EngineOptions, on_progress: OnProgress) -> tuple[Runne
         runner.close()
         raise
     on_progress(1.0, "ready")
+    wanted = decide_context_length(options, config)
+    if plan.context_length < wanted:
+        logger.warning(
+            "event=context_limited_by_pool wanted=%s tokens=%s", wanted, plan.context_length
+        )
     logger.info("event=engine_plan %s", plan)
     return runner, plan
 
@@ -122,6 +129,7 @@ def _plan(
         device=device,
         eos_token_ids=tuple(eos_token_ids(options.model_path, options.tokenizer_path)),
         pool_budget_bytes=budget,
+        device_bytes=device_memory(device),
     )
 
 

@@ -56,7 +56,9 @@ class MemoryUse:
             return fitting
         return min(fitting, int(self.free_at_start * fraction) - self.weights)
 
-    def check_pool(self, options: EngineOptions, num_bytes: int, what: str) -> None:
+    def check_pool(
+        self, options: EngineOptions, step_tokens: int, num_bytes: int, what: str
+    ) -> None:
         """Raise ModelTooLargeError unless `num_bytes` for `what` are there."""
         missing = num_bytes - self.pool(options.mem_fraction_static)
         if missing <= 0:
@@ -67,7 +69,7 @@ class MemoryUse:
             f"the model is too large for the GPU: {gib(missing)} GiB are missing. "
             f"{gib(self.free_at_start)} of {gib(self.total)} GiB were free{share}; needed are "
             f"{gib(self.weights)} for weights, {gib(self.step)} for a step of "
-            f"{options.chunked_prefill_size} tokens and {options.max_running_sequences} sequences, "
+            f"{step_tokens} tokens and {options.max_running_sequences} sequences, "
             f"{gib(self.graphs)} for CUDA graphs, {gib(self.reserve)} in reserve and "
             f"{gib(num_bytes)} for {what}. What helps: {', '.join(remedies(options))}"
         )

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Of a host's memory, unless the operator names another share.
 _HOST_FRACTION = 0.9
+# Sizes of each kind of graph that are captured to see what they take.
+_FEW_GRAPHS, _MORE_GRAPHS = 4, 8
 # Tokens of the step at the end of the context: more than any backend handles in one block.
 _LATE_TOKENS = 256
 _SAMPLING = SamplingParams(
@@ -81,6 +83,7 @@ def pool_budget(
         device=device,
         eos_token_ids=(),
         pool_budget_bytes=max(free, per_page),
+        device_bytes=total,
     )
     use = MemoryUse(total=total, free_at_start=free_at_start, weights=free_at_start - free)
     try:
@@ -88,7 +91,7 @@ def pool_budget(
     except torch.OutOfMemoryError as error:
         raise ModelTooLargeError(
             f"the model is too large for the GPU: beside its weights, {gib(free)} GiB do not "
-            f"suffice for a step of {options.chunked_prefill_size} tokens and "
+            f"suffice for a step of {draft.max_step_tokens} tokens and "
             f"{options.max_running_sequences} sequences. What helps: {', '.join(remedies(options))}"
         ) from error
     logger.info(
@@ -99,11 +102,13 @@ def pool_budget(
     # One page more is the padding rows'.
     if options.num_pages is not None:
         what = f"the {options.num_pages * options.page_size} tokens of --max-total-tokens"
-        use.check_pool(options, (options.num_pages + 1) * per_page, what)
+        use.check_pool(options, draft.max_step_tokens, (options.num_pages + 1) * per_page, what)
     else:
         length = decide_context_length(options, model.config)
         what = f"the keys and values of one sequence of {length} tokens"
-        use.check_pool(options, (-(-length // options.page_size) + 1) * per_page, what)
+        use.check_pool(
+            options, draft.max_step_tokens, (-(-length // options.page_size) + 1) * per_page, what
+        )
     return use.pool(options.mem_fraction_static) - per_page
 
 
@@ -115,6 +120,27 @@ def run_largest_steps(runner: Runner, plan: EnginePlan) -> None:
         runner.sample()
     for _ in range(runner.num_in_flight):
         runner.result()
+
+
+def run_steps_of_all_sizes(runner: Runner, plan: EnginePlan) -> None:
+    """Steps of few and many tokens and rows, greedy and not: whatever is compiled for one is."""
+    for num_tokens in _sizes_up_to(plan.max_step_tokens):
+        for num_rows in {1, min(num_tokens, plan.max_running_sequences)}:
+            size = replace(plan, max_step_tokens=num_tokens, max_running_sequences=num_rows)
+            step = largest_step(size)
+            for sampling in (_SAMPLING, SamplingParams(temperature=0.8), SamplingParams()):
+                for assignment in step.assignments:
+                    assignment.sampling = sampling
+                runner.forward(step)
+                runner.sample()
+                runner.result()
+
+
+def _sizes_up_to(most: int) -> list[int]:
+    """1, 2, 3, 4, 7, 8, 9, 16, ... most: powers of two, and between them odd numbers."""
+    sizes = {1, 3, 7, 9, 17, 33, most}
+    sizes.update(2**exponent for exponent in range(most.bit_length()))
+    return sorted(size for size in sizes if size <= most)
 
 
 def largest_step(plan: EnginePlan) -> StepPlan:
@@ -189,7 +215,11 @@ def _measured(
     return replace(
         use,
         step=_measure_steps(model, probe, group, device),
-        graphs=_measure_graphs(model, plan, probe, group, device),
+        graphs=(
+            _measure_graphs(model, plan, probe, group, device)
+            if plan.graph_sizes or plan.piece_graph_sizes
+            else 0
+        ),
     )
 
 
@@ -217,24 +247,27 @@ def _measure_steps(model: Decoder, probe: EnginePlan, group: TpGroup, device: to
 def _measure_graphs(
     model: Decoder, plan: EnginePlan, probe: EnginePlan, group: TpGroup, device: torch.device
 ) -> int:
-    """All graphs, from what the largest of each kind take and what one more of each adds."""
+    """All graphs, from what the largest take; what one more adds is that of the last of them."""
     num_graphs = max(len(plan.graph_sizes), len(plan.piece_graph_sizes))
-    if not num_graphs:
-        return 0
-    none, one, two = (
+    none, some, more = (
         _memory_with_graphs(
             model,
             replace(
                 probe,
-                graph_sizes=plan.graph_sizes[len(plan.graph_sizes) - count :],
-                piece_graph_sizes=plan.piece_graph_sizes[len(plan.piece_graph_sizes) - count :],
+                graph_sizes=_largest(plan.graph_sizes, count),
+                piece_graph_sizes=_largest(plan.piece_graph_sizes, count),
             ),
             group,
             device,
         )
-        for count in range(3)
+        for count in (0, _FEW_GRAPHS, _MORE_GRAPHS)
     )
-    return max(one - none, 0) + max(two - one, 0) * (num_graphs - 1)
+    each = max(more - some, 0) // (_MORE_GRAPHS - _FEW_GRAPHS)
+    return max(more - none, 0) + each * max(num_graphs - _MORE_GRAPHS, 0)
+
+
+def _largest(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return sizes[max(len(sizes) - count, 0) :]
 
 
 def _memory_with_graphs(

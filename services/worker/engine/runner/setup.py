@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
+from services.worker.engine.layers.compiled import CompiledKernels
 from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.decoder import Decoder
@@ -25,11 +27,17 @@ from services.worker.engine.runner.precision import (
     decide_kv_cache_dtype,
 )
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_BACKENDS = ("torch", "flashinfer")
 
 # What FlashInfer has kernels for on every GPU it supports.
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
+# Below so many GiB of memory, so many tokens a step.
+_STEP_TOKENS = ((35, 2048), (60, 4096), (160, 8192))
+_MOST_STEP_TOKENS = 16384
 
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
@@ -65,6 +73,21 @@ def decide_context_length(options: EngineOptions, config: ModelConfig) -> int:
             f"context_length {wanted} exceeds the model's longest, {config.max_context_length}"
         )
     return wanted
+
+
+def decide_step_tokens(options: EngineOptions, device_bytes: int) -> int:
+    """Tokens of a step, by a GPU's whole memory as SGLang has it; `device_bytes` is 0 for CPUs."""
+    if options.chunked_prefill_size is not None:
+        return options.chunked_prefill_size
+    for limit, num_tokens in _STEP_TOKENS:
+        if device_bytes < limit * 1024**3:
+            return num_tokens
+    return _MOST_STEP_TOKENS
+
+
+def device_memory(device: torch.device) -> int:
+    """A GPU's whole memory in bytes; 0 for CPUs."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
 
 
 def check_tp_size(tp_size: int, config: ModelConfig) -> None:
@@ -136,8 +159,11 @@ def decide_plan(
     device: torch.device,
     eos_token_ids: tuple[int, ...],
     pool_budget_bytes: int,
+    device_bytes: int = 0,
 ) -> EnginePlan:
     """The engine's decisions, from the operator's wishes and the memory left for pages.
+
+    `device_bytes` is a GPU's whole memory, 0 for CPUs.
 
     Pure. Raises ValueError when a wish cannot be met.
     """
@@ -150,6 +176,7 @@ def decide_plan(
     dtype = decide_dtype(options, config, device)
     kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
     is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
+    max_step_tokens = decide_step_tokens(options, device_bytes)
     num_pages = options.num_pages or fitting_pages(
         free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
@@ -165,12 +192,13 @@ def decide_plan(
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
         max_running_sequences=options.max_running_sequences,
-        max_step_tokens=options.chunked_prefill_size,
+        max_step_tokens=max_step_tokens,
+        schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
         quantization="fp8" if is_fp8 else None,
         graph_sizes=decide_graph_sizes(options, config, backend),
         piece_graph_sizes=(
-            piece_graph_sizes(options.chunked_prefill_size)
+            piece_graph_sizes(max_step_tokens)
             if backend != "torch" and not options.disable_cuda_graph
             else ()
         ),
@@ -211,6 +239,7 @@ def load_model(
         device, weights=fp8 is not None, kv_cache_dtype=decide_kv_cache_dtype(options, dtype)
     )
     placement = Placement(device, getattr(torch, dtype), group, fp8)
+    placement.compiled = compiled_kernels(options, device, placement.dtype)
     context_length = decide_context_length(options, config)
     if device.type == "cuda":
         # Without making them: a model of that device is shapes alone.
@@ -226,6 +255,20 @@ def load_model(
     else:
         load_weights(model, options.model_path, device, on_progress)
     return model
+
+
+def compiled_kernels(
+    options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> CompiledKernels | None:
+    """What `enable_torch_compile` gives. Raises ValueError on CPUs, where it only costs."""
+    if not options.enable_torch_compile:
+        return None
+    if device.type == "cpu":
+        raise ValueError("enable_torch_compile needs a GPU: on CPUs compiled steps are slower")
+    if dtype != torch.float32:
+        logger.warning("event=torch_compile_unused reason='%s has kernels of its own'", dtype)
+        return None
+    return CompiledKernels()
 
 
 def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner:
@@ -267,4 +310,6 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
+    # What captures warmed up with lies on their streams, where steps cannot use it.
+    torch.cuda.empty_cache()
     return runner
