@@ -2,7 +2,8 @@
 
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
 the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
-with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
+with a sliding window, a soft cap or an unusual scale (`can_run` is the rule) are computed by the
+Triton backend, in graphs too.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -22,7 +23,7 @@ import torch
 from flashinfer.decode import fast_decode_plan
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
-from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.upload import upload_into
 from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.fused import write_kv
@@ -60,10 +61,19 @@ class FlashInferAttention:
     """
 
     def __init__(
-        self, pool: PagePool, *, num_heads: int, max_captured_rows: int, max_pages: int
+        self,
+        pool: PagePool,
+        *,
+        num_heads: int,
+        max_captured_rows: int,
+        max_pages: int,
+        others: TritonAttention,
+        has_other_layers: bool,
     ) -> None:
+        """`others`, over the same pool, computes the layers that FlashInfer does not take."""
         self._pool = pool
-        self._fallback = TorchAttention(pool)
+        self._others = others
+        self._has_other_layers = has_other_layers
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
         device, self._dtype = pool.tensor.device, pool.tensor.dtype
@@ -89,6 +99,8 @@ class FlashInferAttention:
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
+        if self._has_other_layers:
+            self._others.plan(inputs)
         several = np.flatnonzero(inputs.num_tokens > 1)
         # Batches put decode rows first; a row with one token among the others is computed as a
         # prefill of one token.
@@ -126,6 +138,8 @@ class FlashInferAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
+        if self._has_other_layers:
+            self._others.plan_captured(inputs)
         pages = self._page_lists(inputs, slice(0, len(inputs.slots)))
         wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
@@ -134,7 +148,7 @@ class FlashInferAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
     ) -> torch.Tensor:
         if not can_run(layer, self._head_dim):
-            return self._fallback.run(q, k, v, layer)
+            return self._others.run(q, k, v, layer)
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
         locations = self._inputs.locations
@@ -149,7 +163,6 @@ class FlashInferAttention:
 
     def _start(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
-        self._fallback.plan(inputs)
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
 
@@ -242,7 +255,7 @@ class _CapturedDecode:
 
 
 def can_run(layer: AttentionLayer, head_dim: int) -> bool:
-    """Whether FlashInfer computes this layer here; the torch backend does the others."""
+    """Whether FlashInfer computes this layer here; the Triton backend does the others."""
     return (
         layer.sliding_window is None
         and layer.soft_cap is None

@@ -2,7 +2,7 @@
 
 Rows with one token go through the decode kernel, rows with several through the prefill kernel, so
 a mixed step is two launches a layer beside the write of keys and values. Head sizes to
-MAX_HEAD_DIM, any number of query heads to a key/value head, windows, soft caps and scales; 16-bit
+256, any number of query heads to a key/value head, windows, soft caps and scales; 16-bit
 types and float32.
 
 Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
@@ -21,9 +21,6 @@ from services.worker.engine.kernels.paged_attention import Softmax, parts_of_wei
 from services.worker.engine.kernels.paged_decode import PagedDecode
 from services.worker.engine.kernels.paged_prefill import PagedPrefill
 from services.worker.engine.kv.pool import PagePool
-
-# Tiles of larger heads would not fit a processor's shared memory.
-MAX_HEAD_DIM = 256
 
 
 class TritonAttention:
@@ -79,9 +76,7 @@ class TritonAttention:
         num_single = int(several[0]) if several.size else len(inputs.slots)
         rows = np.stack([inputs.slots[:num_single], inputs.start_positions[:num_single]], 1)
         blocks = self._list_blocks(inputs, num_single)
-        rows_there, blocks_there = upload(
-            self._pool.tensor.device, rows.ravel(), blocks.ravel()
-        )
+        rows_there, blocks_there = upload(self._pool.tensor.device, rows.ravel(), blocks.ravel())
         self._rows = rows_there.view(-1, 2)
         self._blocks = blocks_there.view(-1, 4) if len(blocks) else None
 

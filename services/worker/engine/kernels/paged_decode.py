@@ -101,9 +101,7 @@ def _decode(
     place = (first_part + part) * BLOCK_G + in_part
     tl.store(partial_max + place, top, held)
     tl.store(partial_sum + place, total, held)
-    tl.store(
-        partial + place[:, None] * BLOCK_D + columns[None, :], acc, held[:, None]
-    )
+    tl.store(partial + place[:, None] * BLOCK_D + columns[None, :], acc, held[:, None])
     # All threads have stored before one of them counts the program; the count orders the stores
     # before the loads of the program that counts last.
     tl.debug_barrier()
