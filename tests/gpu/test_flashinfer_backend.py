@@ -9,6 +9,7 @@ import torch
 from services.common.model_files import builtin_model_path
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.batch import StepResult
 from services.worker.engine.kv.pool import PagePool
 from services.worker.engine.messages import LogprobSpec, SamplingParams
@@ -60,7 +61,14 @@ class Harness:
         pools[1].tensor.copy_(pools[0].tensor)
         self.reference = TorchAttention(pools[0])
         self.flashinfer = flashinfer_backend.FlashInferAttention(
-            pools[1], num_heads=num_heads, max_captured_rows=self.num_slots, max_pages=max_pages
+            pools[1],
+            num_heads=num_heads,
+            max_captured_rows=self.num_slots,
+            max_pages=max_pages,
+            others=TritonAttention(
+                pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
+            ),
+            has_other_layers=True,
         )
         self.pools = pools
         table = self.random.permutation(num_pages).reshape(self.num_slots, max_pages)
@@ -134,9 +142,10 @@ def test_random_steps_equal_the_reference(
         AttentionLayer(index=0, scale=0.2),
     ],
 )
-def test_other_layers_are_the_torch_backends(layer: AttentionLayer) -> None:
+def test_layers_that_flashinfer_does_not_take_are_computed_too(layer: AttentionLayer) -> None:
     harness = Harness(num_heads=8, num_kv_heads=2, page_size=16, seed=1)
     harness.compare(harness.inputs([1, 1, 70, 1], [5, 300, 90, 0]), layer, captured=False)
+    harness.compare(harness.inputs([1] * 5, [5, 300, 90, 0, 64]), layer, captured=True)
 
 
 class Engine:
@@ -282,7 +291,7 @@ def test_decode_steps_do_not_wait_for_the_device(graphs: Engine) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_float32_falls_back_to_torch() -> None:
+def test_float32_falls_back_to_triton() -> None:
     engine = Engine(dtype="float32")
-    assert engine.plan.attention_backend == "torch"
+    assert engine.plan.attention_backend == "triton"
     engine.runner.close()

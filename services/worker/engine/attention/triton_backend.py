@@ -67,7 +67,7 @@ class TritonAttention:
         self._rows = self._captured_rows[:0]
         # [blocks, 4] of the other rows, as the prefill kernel takes them.
         self._blocks: torch.Tensor | None = None
-        self._block_tokens = 0
+        self._has_large_blocks = False
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
@@ -106,9 +106,9 @@ class TritonAttention:
                 values,
                 out,
                 self._blocks,
-                self._block_tokens,
                 inputs.page_table,
                 softmax,
+                is_large=self._has_large_blocks,
                 has_window=layer.sliding_window is not None,
             )
         if len(q) > num_tokens:
@@ -118,8 +118,8 @@ class TritonAttention:
     def _list_blocks(self, inputs: AttentionInputs, first_row: int) -> npt.NDArray[np.int64]:
         """Rows from `first_row` on, cut in blocks; those that see most come first."""
         num_tokens = inputs.num_tokens[first_row:].astype(np.int64)
-        size = self._prefill.block_tokens(int(num_tokens.sum()))
-        self._block_tokens = size
+        self._has_large_blocks = self._prefill.is_large(int(num_tokens.sum()))
+        size = self._prefill.block_tokens(is_large=self._has_large_blocks)
         num_blocks = -(-num_tokens // size)
         rows = np.repeat(np.arange(len(num_tokens)), num_blocks)
         first_blocks = np.cumsum(num_blocks) - num_blocks

@@ -20,8 +20,6 @@ import triton.language as tl
 # gathered there is multiplied by exp2(-1e30 - ...) = 0 once it sees something.
 HIDDEN = tl.constexpr(-1e30)
 LOG2_E = math.log2(math.e)
-# Query heads of a group that one program takes together.
-_MAX_HEADS = 32
 # Probabilities in float32 have 24 bits: three parts of bfloat16's 8, or of float16's 11, hold them.
 _EXACT_PARTS = 3
 
@@ -103,9 +101,9 @@ class Softmax:
         return cls(scale / soft_cap, soft_cap * LOG2_E, seen)
 
 
-def heads_of_program(group: int) -> int:
-    """Heads that a program takes of a group: all, or equal parts of it."""
-    return triton.cdiv(group, triton.cdiv(group, _MAX_HEADS))
+def heads_of_program(group: int, most: int = 32) -> int:
+    """Query heads that a program takes of a group: all, or equal parts of it."""
+    return int(triton.cdiv(group, triton.cdiv(group, most)))
 
 
 def padded_head_dim(head_dim: int) -> int:

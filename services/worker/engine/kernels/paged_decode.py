@@ -11,6 +11,8 @@ each), P parts a row, G heads a program rounded up to a power of two.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,22 @@ _MAX_PARTS = 32
 _PROGRAMS_PER_PROCESSOR = 4
 # Numbers of the parts that a program adds up at a time, bounded by its registers.
 _MERGED_NUMBERS = 8192
+
+
+class _Tiles(NamedTuple):
+    """How a program walks over its keys: so many at a time, loaded so many stages ahead."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def _tiles(dtype: torch.dtype, columns: int) -> _Tiles:
+    """What fits registers and shared memory, by measurement."""
+    if dtype == torch.float32:
+        return _Tiles(keys=16, warps=4, stages=2)
+    # Page ids are loaded a stage before what they lead to, so five stages hold two tiles.
+    return _Tiles(keys=64 if columns <= 128 else 32, warps=4, stages=5)
 
 
 @triton.jit
@@ -213,18 +231,17 @@ class PagedDecode:
         num_rows, head_dim = len(rows), self._head_dim
         parts = self.num_parts(num_rows)
         columns = padded_head_dim(head_dim)
-        is_wide = q.dtype == torch.float32
-        block_n = (32 if is_wide else 64) // (2 if head_dim > 128 else 1)
+        tiles = _tiles(q.dtype, columns)
         options = {"launch_pdl": True} if self._overlaps else {}
         _decode[(self._num_lanes, num_rows, parts)](
             q, keys, values, out, rows, page_table, self._sums, self._maxima, self._totals,
             self._arrivals, q.stride(0), page_table.stride(0), softmax.window, softmax.scale,
             softmax.soft_cap, KV_HEADS=self._num_kv_heads,
             GROUP=self._num_heads // self._num_kv_heads, HEADS=self._heads, HEAD_DIM=head_dim,
-            PAGE=self._page_size, PARTS=parts, MIN_BLOCKS=max(1, _MIN_KEYS // block_n),
-            BLOCK_N=block_n, BLOCK_H=max(16, self._block_g), BLOCK_G=self._block_g,
+            PAGE=self._page_size, PARTS=parts, MIN_BLOCKS=max(1, _MIN_KEYS // tiles.keys),
+            BLOCK_N=tiles.keys, BLOCK_H=max(16, self._block_g), BLOCK_G=self._block_g,
             BLOCK_D=columns,
             MERGED=max(1, min(parts, _MERGED_NUMBERS // (self._block_g * columns))),
             HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,
-            OVERLAPS=self._overlaps, num_warps=4, num_stages=2 if is_wide else 3, **options,
+            OVERLAPS=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages, **options,
         )  # fmt: skip

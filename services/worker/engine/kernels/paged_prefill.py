@@ -9,6 +9,8 @@ Shapes: T tokens, B blocks of tokens, H query heads, K key/value heads, D head s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,24 @@ from services.worker.engine.kernels.paged_attention import (
     padded_head_dim,
     score,
 )
+
+
+class _Tiles(NamedTuple):
+    """A program's query rows, and the keys it takes at a time, loaded so many stages ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _tiles(dtype: torch.dtype, columns: int, *, is_large: bool) -> _Tiles:
+    """What fits registers and shared memory, by measurement."""
+    if dtype == torch.float32:
+        return _Tiles(rows=16, keys=16, warps=4, stages=2)
+    rows = 128 if is_large else 64
+    # Page ids are loaded a stage before what they lead to, so five stages hold two tiles.
+    return _Tiles(rows=rows, keys=64 if columns <= 128 else 32, warps=rows // 16, stages=5)
 
 
 @triton.jit
@@ -127,20 +147,25 @@ class PagedPrefill:
     ) -> None:
         self._num_kv_heads, self._head_dim, self._page_size = num_kv_heads, head_dim, page_size
         self._group = num_heads // num_kv_heads
-        self._heads = heads_of_program(self._group)
+        self._columns = padded_head_dim(head_dim)
+        self._large, self._small = (
+            _tiles(dtype, self._columns, is_large=is_large) for is_large in (True, False)
+        )
+        self._heads = heads_of_program(self._group, self._small.rows)
         self._num_lanes = num_kv_heads * triton.cdiv(self._group, self._heads)
         self._weight_parts = weight_parts
-        self._is_wide = dtype == torch.float32
         self._processors = 1
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def block_tokens(self, num_tokens: int) -> int:
-        """Tokens of a block when so many are to be computed: fewer where programs are few."""
-        largest = self._tile_rows(is_large=True) // self._heads
-        if triton.cdiv(num_tokens, largest) * self._num_lanes >= self._processors:
-            return largest
-        return self._tile_rows(is_large=False) // self._heads
+    def is_large(self, num_tokens: int) -> bool:
+        """Whether so many tokens in large blocks are programs enough for the device."""
+        num_blocks = triton.cdiv(num_tokens, self.block_tokens(is_large=True))
+        return bool(num_blocks * self._num_lanes >= self._processors)
+
+    def block_tokens(self, *, is_large: bool) -> int:
+        """Most tokens of a block."""
+        return (self._large if is_large else self._small).rows // self._heads
 
     def run(
         self,
@@ -149,35 +174,23 @@ class PagedPrefill:
         values: torch.Tensor,
         out: torch.Tensor,
         blocks: torch.Tensor,
-        block_tokens: int,
         page_table: torch.Tensor,
         softmax: Softmax,
         *,
+        is_large: bool,
         has_window: bool,
     ) -> None:
         """q and out [T, H, D], keys and values [pages, page size, K, D], blocks [B, 4] int64.
 
-        A block is its first token, its number of tokens (at most `block_tokens`), the first
-        token's position, and the row's slot (its row of `page_table`).
+        A block is its first token, its number of tokens, the first token's position, and the
+        row's slot (its row of `page_table`).
         """
-        head_dim = self._head_dim
-        columns = padded_head_dim(head_dim)
-        is_large = block_tokens == self._tile_rows(is_large=True) // self._heads
-        tile_rows = self._tile_rows(is_large=is_large)
-        if self._is_wide:
-            block_n, num_warps, num_stages = (32 if columns <= 128 else 16), 4, 2
-        else:
-            block_n, num_warps, num_stages = 64 if columns <= 128 else 32, tile_rows // 16, 3
+        tiles = self._large if is_large else self._small
         _prefill[(len(blocks) * self._num_lanes,)](
             q, keys, values, out, blocks, page_table, q.stride(0), page_table.stride(0),
             softmax.window, softmax.scale, softmax.soft_cap, KV_HEADS=self._num_kv_heads,
-            GROUP=self._group, HEADS=self._heads, HEAD_DIM=head_dim, PAGE=self._page_size,
-            BLOCK_M=tile_rows, BLOCK_N=block_n, BLOCK_D=columns, HAS_WINDOW=has_window,
+            GROUP=self._group, HEADS=self._heads, HEAD_DIM=self._head_dim, PAGE=self._page_size,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=self._columns, HAS_WINDOW=has_window,
             HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-
-    def _tile_rows(self, *, is_large: bool) -> int:
-        if self._is_wide:
-            return 32
-        return 128 if is_large else 64
