@@ -14,17 +14,15 @@ from tests.fakes.attention_steps import AttentionSteps
 
 torch.set_num_threads(1)
 # The CPU has no processors to fill, so that rows would not be cut in parts.
-paged_decode._PROGRAMS_PER_PROCESSOR = 16
+paged_decode._PROGRAMS_PER_PROCESSOR = 40
 BOUNDS = {torch.float32: 5e-6, torch.float16: 3e-3}
 SHAPES = [
     # query heads, key/value heads, head size, page size, type
-    (4, 4, 64, 16, torch.float32),
-    (5, 1, 96, 1, torch.float32),
-    (6, 2, 128, 32, torch.float16),
-    (3, 3, 256, 64, torch.float32),
-    (40, 1, 24, 16, torch.float32),
+    (4, 2, 64, 16, torch.float32),
+    (5, 1, 24, 1, torch.float16),
+    (40, 1, 16, 32, torch.float32),
 ]
-LAYERS = [dict(), dict(sliding_window=70), dict(soft_cap=3.0), dict(sliding_window=1, soft_cap=9.0)]
+LAYERS = [dict(), dict(sliding_window=30), dict(sliding_window=1, soft_cap=9.0)]
 
 for heads, kv_heads, size, page_size, dtype in SHAPES:
     for exact in (False, True):
@@ -33,18 +31,15 @@ for heads, kv_heads, size, page_size, dtype in SHAPES:
                 pool, num_heads=heads, max_rows=rows, dtype=dtype, reduce_in_fp32=exact
             ),
             num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size,
-            dtype=dtype, device="cpu", num_slots=5, max_len=200, seed=size,
+            dtype=dtype, device="cpu", num_slots=3, max_len=140, seed=size,
         )
-        for index, changes in enumerate(LAYERS):
+        for index, changes in enumerate(LAYERS[:1] if exact else LAYERS):
             layer = AttentionLayer(index=index % 2, scale=(index + 1) * size**-0.5, **changes)
             worst = max(
-                steps.worst_error(steps.mixed(2, [23, 5]), layer),
-                steps.worst_error(steps.inputs([1, 50], [130, 100]), layer),
-                steps.worst_error(steps.inputs([1, 1, 1], [0, 64, 199]), layer, captured=True),
+                steps.worst_error(steps.mixed(1, [13, 5]), layer),
+                steps.worst_error(steps.inputs([1, 1, 1], [0, 64, 139]), layer, captured=True),
             )
             assert worst < BOUNDS[dtype], (heads, kv_heads, size, page_size, exact, changes, worst)
-            if exact:
-                break
 """
 
 

@@ -49,6 +49,7 @@ class TritonAttention:
             head_dim=head_dim,
             page_size=page_size,
             max_rows=max_rows,
+            dtype=dtype,
             device=device,
             weight_parts=weight_parts,
         )
@@ -61,31 +62,31 @@ class TritonAttention:
             device=device,
             weight_parts=weight_parts,
         )
-        self._captured_rows = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
+        self._captured_rows = torch.zeros(max_rows, 3, dtype=torch.int64, device=device)
         self._inputs: AttentionInputs | None = None
-        # [S, 2] slot and position of the rows with one token, which are the step's first.
+        # [S, 3] of the rows with one token, which are the step's first.
         self._rows = self._captured_rows[:0]
         # [blocks, 4] of the other rows, as the prefill kernel takes them.
         self._blocks: torch.Tensor | None = None
-        self._has_large_blocks = False
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         several = np.flatnonzero(inputs.num_tokens > 1)
         # Batches put rows with one token first; one among the others is a block of one token.
         num_single = int(several[0]) if several.size else len(inputs.slots)
-        rows = np.stack([inputs.slots[:num_single], inputs.start_positions[:num_single]], 1)
+        rows = self._decode.list_rows(
+            inputs.slots[:num_single], inputs.start_positions[:num_single]
+        )
         blocks = self._list_blocks(inputs, num_single)
         rows_there, blocks_there = upload(self._pool.tensor.device, rows.ravel(), blocks.ravel())
-        self._rows = rows_there.view(-1, 2)
+        self._rows = rows_there.view(-1, 3)
         self._blocks = blocks_there.view(-1, 4) if len(blocks) else None
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         self._blocks = None
         self._rows = self._captured_rows[: len(inputs.slots)]
-        rows = np.stack([inputs.slots, inputs.start_positions], 1, dtype=np.int64)
-        upload_into(self._rows, rows)
+        upload_into(self._rows, self._decode.list_rows(inputs.slots, inputs.start_positions))
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
@@ -108,7 +109,6 @@ class TritonAttention:
                 self._blocks,
                 inputs.page_table,
                 softmax,
-                is_large=self._has_large_blocks,
                 has_window=layer.sliding_window is not None,
             )
         if len(q) > num_tokens:
@@ -118,8 +118,7 @@ class TritonAttention:
     def _list_blocks(self, inputs: AttentionInputs, first_row: int) -> npt.NDArray[np.int64]:
         """Rows from `first_row` on, cut in blocks; those that see most come first."""
         num_tokens = inputs.num_tokens[first_row:].astype(np.int64)
-        self._has_large_blocks = self._prefill.is_large(int(num_tokens.sum()))
-        size = self._prefill.block_tokens(is_large=self._has_large_blocks)
+        size = self._prefill.block_tokens
         num_blocks = -(-num_tokens // size)
         rows = np.repeat(np.arange(len(num_tokens)), num_blocks)
         first_blocks = np.cumsum(num_blocks) - num_blocks

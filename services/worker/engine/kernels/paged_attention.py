@@ -101,8 +101,8 @@ class Softmax:
         return cls(scale / soft_cap, soft_cap * LOG2_E, seen)
 
 
-def heads_of_program(group: int, most: int = 32) -> int:
-    """Query heads that a program takes of a group: all, or equal parts of it."""
+def heads_of_program(group: int, most: int) -> int:
+    """Query heads that a program takes of a group: all, or parts as equal as can be."""
     return int(triton.cdiv(group, triton.cdiv(group, most)))
 
 

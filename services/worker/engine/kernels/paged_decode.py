@@ -2,21 +2,23 @@
 
 A row's keys are cut in parts (flash decoding: https://pytorch.org/blog/flash-decoding), one program
 for each and for the query heads that share a key/value head; the program that ends last adds the
-parts of its row up. Lengths are read on the device, so a launch may be captured and replayed with
-others.
+parts of its row up. Lengths and numbers of parts are read on the device, so a launch may be
+captured and replayed with others.
 
-Shapes: S rows, H query heads, K key/value heads, D head size, L programs a row (a group of heads
-each), P parts a row, G heads a program rounded up to a power of two.
+Shapes: S rows, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
+from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.paged_attention import (
     HIDDEN,
     Softmax,
@@ -27,10 +29,13 @@ from services.worker.engine.kernels.paged_attention import (
     score,
 )
 
-# Keys that are not worth a program of their own.
-_MIN_KEYS = 64
 _MAX_PARTS = 32
-_PROGRAMS_PER_PROCESSOR = 4
+# Query heads of a program, bounded by its registers.
+_MAX_HEADS = 32
+# Parts are as long as would make so many programs for each processor.
+_PROGRAMS_PER_PROCESSOR = 1
+# Programs of a launch, most of which may find no part to do: bounds what they cost.
+_MAX_PROGRAMS = 2048
 # Numbers of the parts that a program adds up at a time, bounded by its registers.
 _MERGED_NUMBERS = 8192
 
@@ -43,12 +48,13 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-def _tiles(dtype: torch.dtype, columns: int) -> _Tiles:
+def _tiles(dtype: torch.dtype, heads: int, columns: int) -> _Tiles:
     """What fits registers and shared memory, by measurement."""
     if dtype == torch.float32:
         return _Tiles(keys=16, warps=4, stages=2)
     # Page ids are loaded a stage before what they lead to, so five stages hold two tiles.
-    return _Tiles(keys=64 if columns <= 128 else 32, warps=4, stages=5)
+    warps = 2 if heads * columns <= 4096 else 4
+    return _Tiles(keys=64 if columns <= 128 else 32, warps=warps, stages=5)
 
 
 @triton.jit
@@ -56,17 +62,18 @@ def _decode(
     q, keys, values, out, rows, page_table, partial, partial_max, partial_sum, arrivals,
     q_stride, table_stride, window, scale, soft_cap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, PARTS: tl.constexpr, MIN_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, MERGED: tl.constexpr,
-    HAS_CAP: tl.constexpr, WEIGHT_PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    PAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, MERGED: tl.constexpr, HAS_CAP: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     lane, row, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(rows + row * 2)
-    length = tl.load(rows + row * 2 + 1).to(tl.int32) + 1
+    slot = tl.load(rows + row * 3)
+    length = tl.load(rows + row * 3 + 1).to(tl.int32) + 1
+    wanted_parts = tl.load(rows + row * 3 + 2).to(tl.int32)
     first = tl.maximum(length - window, 0)
     first_block = first // BLOCK_N
     num_blocks = tl.cdiv(length, BLOCK_N) - first_block
-    blocks_per_part = tl.maximum(tl.cdiv(num_blocks, PARTS), MIN_BLOCKS)
+    blocks_per_part = tl.cdiv(num_blocks, wanted_parts)
     num_parts = tl.cdiv(num_blocks, blocks_per_part)
     if part >= num_parts:
         return
@@ -183,36 +190,47 @@ class PagedDecode:
         head_dim: int,
         page_size: int,
         max_rows: int,
+        dtype: torch.dtype,
         device: torch.device,
         weight_parts: int,
     ) -> None:
         group = num_heads // num_kv_heads
-        heads = heads_of_program(group)
+        heads = heads_of_program(group, _MAX_HEADS)
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._num_lanes = num_kv_heads * triton.cdiv(group, heads)
         self._page_size = page_size
         self._weight_parts = weight_parts
         self._overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-        processors = 1
+        self._processors = 1
         if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._programs = _PROGRAMS_PER_PROCESSOR * processors
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._heads, self._block_g = heads, triton.next_power_of_2(heads)
-        # Rows are cut in parts while they alone are fewer programs than wanted.
-        most_parts = max(
-            (rows * self.num_parts(rows) for rows in range(1, max_rows + 1)), default=1
-        )
+        most_parts = max(rows * self._most_parts(rows) for rows in range(1, max_rows + 1))
         size = most_parts * self._num_lanes * self._block_g
         columns = padded_head_dim(head_dim)
+        self._block_h = max(16, self._block_g)
+        self._tiles = _tiles(dtype, self._block_h, columns)
         self._sums = torch.empty(size * columns, dtype=torch.float32, device=device)
         self._maxima = torch.empty(size, dtype=torch.float32, device=device)
         self._totals = torch.empty(size, dtype=torch.float32, device=device)
         self._arrivals = torch.zeros(max_rows * self._num_lanes, dtype=torch.int32, device=device)
 
-    def num_parts(self, num_rows: int) -> int:
-        """Most parts of a row in a launch of so many rows: a power of two."""
-        wanted = triton.cdiv(self._programs, num_rows * self._num_lanes)
-        return int(min(triton.next_power_of_2(wanted), _MAX_PARTS))
+    def list_rows(self, slots: Int32Array, positions: Int32Array) -> npt.NDArray[np.int64]:
+        """[S] rows of the page table and positions of the tokens -> [S, 3] rows for `run`.
+
+        The third number is into how many parts a row's keys are cut: parts of all rows are about
+        as long, so that one long row does not outlast the others.
+        """
+        lengths = positions.astype(np.int64) + 1
+        programs = _PROGRAMS_PER_PROCESSOR * self._processors
+        keys = max(int(lengths.sum()) * self._num_lanes // programs, self._tiles.keys)
+        num_parts = np.minimum(-(-lengths // keys), self._most_parts(len(slots)))
+        return np.stack([slots, positions, num_parts], 1)
+
+    def _most_parts(self, num_rows: int) -> int:
+        """Of a row, in a launch of so many rows: a power of two."""
+        wanted = _MAX_PROGRAMS // (num_rows * self._num_lanes)
+        return 1 << (min(max(wanted, 1), _MAX_PARTS).bit_length() - 1)
 
     def run(
         self,
@@ -224,22 +242,22 @@ class PagedDecode:
         page_table: torch.Tensor,
         softmax: Softmax,
     ) -> None:
-        """q and out [S, H, D], keys and values [pages, page size, K, D], rows [S, 2] int64.
+        """q and out [S, H, D], keys and values [pages, page size, K, D], rows [S, 3] int64.
 
-        A row is its slot (its row of `page_table`) and its token's position.
+        The rows are those of `list_rows`, on the device.
         """
         num_rows, head_dim = len(rows), self._head_dim
-        parts = self.num_parts(num_rows)
+        parts = self._most_parts(num_rows)
         columns = padded_head_dim(head_dim)
-        tiles = _tiles(q.dtype, columns)
+        tiles = self._tiles
         options = {"launch_pdl": True} if self._overlaps else {}
         _decode[(self._num_lanes, num_rows, parts)](
             q, keys, values, out, rows, page_table, self._sums, self._maxima, self._totals,
             self._arrivals, q.stride(0), page_table.stride(0), softmax.window, softmax.scale,
             softmax.soft_cap, KV_HEADS=self._num_kv_heads,
             GROUP=self._num_heads // self._num_kv_heads, HEADS=self._heads, HEAD_DIM=head_dim,
-            PAGE=self._page_size, PARTS=parts, MIN_BLOCKS=max(1, _MIN_KEYS // tiles.keys),
-            BLOCK_N=tiles.keys, BLOCK_H=max(16, self._block_g), BLOCK_G=self._block_g,
+            PAGE=self._page_size, PARTS=parts,
+            BLOCK_N=tiles.keys, BLOCK_H=self._block_h, BLOCK_G=self._block_g,
             BLOCK_D=columns,
             MERGED=max(1, min(parts, _MERGED_NUMBERS // (self._block_g * columns))),
             HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,

@@ -25,23 +25,25 @@ from services.worker.engine.kernels.paged_attention import (
     score,
 )
 
+# Bytes of shared memory from which on two blocks of keys can be loaded ahead.
+_AMPLE_SHARED_BYTES = 160 * 1024
+
 
 class _Tiles(NamedTuple):
     """A program's query rows, and the keys it takes at a time, loaded so many stages ahead."""
 
     rows: int
     keys: int
-    warps: int
     stages: int
 
 
-def _tiles(dtype: torch.dtype, columns: int, *, is_large: bool) -> _Tiles:
+def _tiles(dtype: torch.dtype, columns: int, shared_bytes: int) -> _Tiles:
     """What fits registers and shared memory, by measurement."""
     if dtype == torch.float32:
-        return _Tiles(rows=16, keys=16, warps=4, stages=2)
-    rows = 128 if is_large else 64
-    # Page ids are loaded a stage before what they lead to, so five stages hold two tiles.
-    return _Tiles(rows=rows, keys=64 if columns <= 128 else 32, warps=rows // 16, stages=5)
+        return _Tiles(rows=16, keys=16, stages=2)
+    # Page ids are loaded a stage before what they lead to.
+    stages = 5 if shared_bytes >= _AMPLE_SHARED_BYTES else 3
+    return _Tiles(rows=64, keys=64 if columns <= 128 else 32, stages=stages)
 
 
 @triton.jit
@@ -148,24 +150,16 @@ class PagedPrefill:
         self._num_kv_heads, self._head_dim, self._page_size = num_kv_heads, head_dim, page_size
         self._group = num_heads // num_kv_heads
         self._columns = padded_head_dim(head_dim)
-        self._large, self._small = (
-            _tiles(dtype, self._columns, is_large=is_large) for is_large in (True, False)
-        )
-        self._heads = heads_of_program(self._group, self._small.rows)
+        shared_bytes = 0
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            shared_bytes = properties.shared_memory_per_block_optin
+        self._tiles = _tiles(dtype, self._columns, shared_bytes)
+        self._heads = heads_of_program(self._group, self._tiles.rows)
         self._num_lanes = num_kv_heads * triton.cdiv(self._group, self._heads)
         self._weight_parts = weight_parts
-        self._processors = 1
-        if device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-
-    def is_large(self, num_tokens: int) -> bool:
-        """Whether so many tokens in large blocks are programs enough for the device."""
-        num_blocks = triton.cdiv(num_tokens, self.block_tokens(is_large=True))
-        return bool(num_blocks * self._num_lanes >= self._processors)
-
-    def block_tokens(self, *, is_large: bool) -> int:
-        """Most tokens of a block."""
-        return (self._large if is_large else self._small).rows // self._heads
+        # Most tokens of a block.
+        self.block_tokens = self._tiles.rows // self._heads
 
     def run(
         self,
@@ -177,20 +171,19 @@ class PagedPrefill:
         page_table: torch.Tensor,
         softmax: Softmax,
         *,
-        is_large: bool,
         has_window: bool,
     ) -> None:
         """q and out [T, H, D], keys and values [pages, page size, K, D], blocks [B, 4] int64.
 
-        A block is its first token, its number of tokens, the first token's position, and the
-        row's slot (its row of `page_table`).
+        A block is its first token, its number of tokens (at most `block_tokens`), the first
+        token's position, and the row's slot (its row of `page_table`).
         """
-        tiles = self._large if is_large else self._small
+        tiles = self._tiles
         _prefill[(len(blocks) * self._num_lanes,)](
             q, keys, values, out, blocks, page_table, q.stride(0), page_table.stride(0),
             softmax.window, softmax.scale, softmax.soft_cap, KV_HEADS=self._num_kv_heads,
             GROUP=self._group, HEADS=self._heads, HEAD_DIM=self._head_dim, PAGE=self._page_size,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=self._columns, HAS_WINDOW=has_window,
             HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=4, num_stages=tiles.stages,
         )  # fmt: skip
