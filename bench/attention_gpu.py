@@ -116,6 +116,7 @@ class Layers:
             max_pages=self.inputs.host_page_table.shape[1],
             others=ours,
             has_other_layers=False,
+            few_rows=0,
         )
 
     def microseconds(self, name: str) -> float:

@@ -35,7 +35,15 @@ PROMPT = [(7 * i * i + 3 * i) % 1500 for i in range(150)]
 class Harness:
     """Both backends over equal pools of random keys and values."""
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, page_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        page_size: int,
+        seed: int,
+        few_rows: int = 0,
+    ) -> None:
         flashinfer_backend = pytest.importorskip(
             "services.worker.engine.attention.flashinfer_backend"
         )
@@ -69,6 +77,7 @@ class Harness:
                 pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
             ),
             has_other_layers=True,
+            few_rows=few_rows,
         )
         self.pools = pools
         table = self.random.permutation(num_pages).reshape(self.num_slots, max_pages)
@@ -146,6 +155,14 @@ def test_layers_that_flashinfer_does_not_take_are_computed_too(layer: AttentionL
     harness = Harness(num_heads=8, num_kv_heads=2, page_size=16, seed=1)
     harness.compare(harness.inputs([1, 1, 70, 1], [5, 300, 90, 0]), layer, captured=False)
     harness.compare(harness.inputs([1] * 5, [5, 300, 90, 0, 64]), layer, captured=True)
+
+
+def test_captured_steps_of_few_rows_equal_the_reference() -> None:
+    harness = Harness(num_heads=32, num_kv_heads=8, page_size=16, seed=2, few_rows=4)
+    for num_rows in (3, 9, 4, 1, 12):
+        starts = harness.random.integers(0, MAX_LEN, num_rows).tolist()
+        harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=True)
+        harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=False)
 
 
 class Engine:

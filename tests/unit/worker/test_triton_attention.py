@@ -37,6 +37,7 @@ for heads, kv_heads, size, page_size, dtype in SHAPES:
             layer = AttentionLayer(index=index % 2, scale=(index + 1) * size**-0.5, **changes)
             worst = max(
                 steps.worst_error(steps.mixed(1, [13, 5]), layer),
+                steps.worst_error(steps.mixed(0, [7]), layer),
                 steps.worst_error(steps.inputs([1, 1, 1], [0, 64, 139]), layer, captured=True),
             )
             assert worst < BOUNDS[dtype], (heads, kv_heads, size, page_size, exact, changes, worst)

@@ -3,7 +3,7 @@
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
 the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
 with a sliding window, a soft cap or an unusual scale (`can_run` is the rule) are computed by the
-Triton backend, in graphs too.
+Triton backend, in graphs too; so are all layers of captured steps of few rows, where it is faster.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -32,6 +32,8 @@ from services.worker.engine.kv.pool import PagePool
 _STEPS_IN_FLIGHT = 2
 _FLOAT_WORKSPACE_BYTES = 256 * 1024**2
 _INT_WORKSPACE_BYTES = 8 * 1024**2
+# Up to so many rows the Triton backend's one launch takes less time than FlashInfer's two.
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,17 @@ class FlashInferAttention:
         max_pages: int,
         others: TritonAttention,
         has_other_layers: bool,
+        few_rows: int = _FEW_ROWS,
     ) -> None:
-        """`others`, over the same pool, computes the layers that FlashInfer does not take."""
+        """`others`, over the same pool, computes the layers that FlashInfer does not take.
+
+        Of captured steps of at most `few_rows` rows, it computes every layer.
+        """
         self._pool = pool
         self._others = others
         self._has_other_layers = has_other_layers
+        self._few_rows = few_rows
+        self._others_take_all = False
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
         device, self._dtype = pool.tensor.device, pool.tensor.dtype
@@ -138,8 +146,11 @@ class FlashInferAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
-        if self._has_other_layers:
+        self._others_take_all = len(inputs.slots) <= self._few_rows
+        if self._others_take_all or self._has_other_layers:
             self._others.plan_captured(inputs)
+        if self._others_take_all:
+            return
         pages = self._page_lists(inputs, slice(0, len(inputs.slots)))
         wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
@@ -147,7 +158,7 @@ class FlashInferAttention:
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
     ) -> torch.Tensor:
-        if not can_run(layer, self._head_dim):
+        if self._others_take_all or not can_run(layer, self._head_dim):
             return self._others.run(q, k, v, layer)
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
@@ -163,6 +174,7 @@ class FlashInferAttention:
 
     def _start(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
+        self._others_take_all = False
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
 

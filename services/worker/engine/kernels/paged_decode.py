@@ -229,7 +229,7 @@ class PagedDecode:
 
     def _most_parts(self, num_rows: int) -> int:
         """Of a row, in a launch of so many rows: a power of two."""
-        wanted = _MAX_PROGRAMS // (num_rows * self._num_lanes)
+        wanted = _MAX_PROGRAMS // (max(num_rows, 1) * self._num_lanes)
         return 1 << (min(max(wanted, 1), _MAX_PARTS).bit_length() - 1)
 
     def run(
