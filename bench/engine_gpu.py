@@ -1,8 +1,9 @@
-"""Decode steps of the engine's runner alone on one GPU, with random weights.
+"""Steps of the engine's runner alone on one GPU, with random weights.
 
 `python -m bench.engine_gpu MODEL_DIR` (a directory with a config.json) prints one JSON object: for
 each batch, milliseconds a decode step from one result to the next, and the host's time to issue
-one. Batches are static; sequences start with `--context` tokens and grow.
+one. Batches are static; sequences start with `--context` tokens and grow. With `--prefills`, the
+same for steps that compute a prompt of so many tokens beside `--beside` decode rows.
 """
 
 from __future__ import annotations
@@ -115,11 +116,57 @@ def measure(runner: Runner, *, batch: int, vocab_size: int, arguments: Any) -> d
     }
 
 
+def measure_prefill(
+    runner: Runner, *, num_tokens: int, vocab_size: int, arguments: Any
+) -> dict[str, float]:
+    """Figures of steps with one prompt and `arguments.beside` decode rows, two in flight."""
+    random = np.random.default_rng(num_tokens)
+    rows = arguments.beside + 1
+    page_size = arguments.page_size
+    per_row = -(-max(num_tokens, arguments.context + 1) // page_size)
+    slots = np.arange(rows, dtype=np.int32)
+    lengths = np.ones(rows, np.int32)
+    lengths[-1] = num_tokens
+    starts = np.full(rows, arguments.context, np.int32)
+    starts[-1] = 0
+    issue_ns, ended_ns = [], []
+    for number in range(arguments.warmup + 20):
+        pages = np.tile(np.arange(per_row, dtype=np.int32), rows)
+        owners = np.repeat(slots, per_row)
+        started = time.perf_counter_ns()
+        runner.forward(
+            StepPlan(
+                step_number=number,
+                slots=slots,
+                num_tokens=lengths,
+                start_positions=starts,
+                token_ids=random.integers(0, vocab_size, int(lengths.sum()), dtype=np.int32),
+                sample_rows=slots,
+                page_slots=owners if number == 0 else owners[:0],
+                page_indices=pages if number == 0 else pages[:0],
+                page_ids=owners * np.int32(per_row) + pages if number == 0 else pages[:0],
+                assignments=[_assignment(int(slots[-1]), num_tokens, arguments.temperature)],
+            )
+        )
+        runner.sample()
+        issue_ns.append(time.perf_counter_ns() - started)
+        if number:
+            runner.result()
+            ended_ns.append(time.perf_counter_ns())
+    runner.result()
+    return {
+        "step_ms_p50": round(float(np.median(np.diff(ended_ns[-19:]))) / 1e6, 4),
+        "issue_ms_p50": round(float(np.median(issue_ns[-20:])) / 1e6, 4),
+    }
+
+
 def main() -> None:
     """Measure every batch and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--prefills", type=int, nargs="+", default=[])
+    parser.add_argument("--beside", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=20)
@@ -140,6 +187,8 @@ def main() -> None:
             page_size=arguments.page_size,
             context_length=8192,
             attention_backend=arguments.attention_backend,
+            chunked_prefill_size=max(2048, *arguments.prefills, 0) + arguments.beside,
+            max_running_sequences=max(256, *arguments.batches),
             **switches,
         ),
         lambda fraction, what: None,
@@ -151,6 +200,10 @@ def main() -> None:
         )
         for batch in arguments.batches
     }
+    for num_tokens in arguments.prefills:
+        figures[f"prefill_{num_tokens}"] = measure_prefill(
+            runner, num_tokens=num_tokens, vocab_size=plan.vocab_size, arguments=arguments
+        )
     runner.close()
     settings = {
         **{name: str(value) for name, value in vars(arguments).items()},

@@ -9,7 +9,6 @@ import torch
 from services.common.model_files import builtin_model_path
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.torch_backend import TorchAttention
-from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.batch import StepResult
 from services.worker.engine.kv.pool import PagePool
 from services.worker.engine.messages import LogprobSpec, SamplingParams
@@ -47,6 +46,7 @@ class Harness:
         flashinfer_backend = pytest.importorskip(
             "services.worker.engine.attention.flashinfer_backend"
         )
+        triton_backend = pytest.importorskip("services.worker.engine.attention.triton_backend")
         self.random = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.num_slots, self.page_size = 12, page_size
@@ -73,7 +73,7 @@ class Harness:
             num_heads=num_heads,
             max_captured_rows=self.num_slots,
             max_pages=max_pages,
-            others=TritonAttention(
+            others=triton_backend.TritonAttention(
                 pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
             ),
             has_other_layers=True,

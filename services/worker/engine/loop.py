@@ -23,11 +23,15 @@ from services.worker.engine.messages import (
     Stop,
 )
 from services.worker.engine.options import EnginePlan
+from services.worker.engine.pace import StepPace
 
 logger = logging.getLogger(__name__)
 
 # google.rpc.Code.UNAVAILABLE, which this package may not import: try again elsewhere.
 _UNAVAILABLE = 14
+
+# The inbox waits in whole milliseconds.
+_SHORTEST_WAIT_S = 0.001
 
 # An engine that is idle for this long looks after itself before it sleeps on.
 _UPKEEP_AFTER_S = 1.0
@@ -62,12 +66,15 @@ class EngineLoop:
         inbox: Inbox,
         outbox: Outbox,
         upkeep_after_s: float = _UPKEEP_AFTER_S,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._inbox = inbox
         self._outbox = outbox
         self._upkeep_after_s = upkeep_after_s
+        self._clock = clock
+        self._pace = StepPace()
         self._was_upkept = False
         self._is_stopping = False
 
@@ -88,14 +95,32 @@ class EngineLoop:
     def step(self) -> None:
         """One turn: messages, the next step out, the previous step's result in, the output."""
         self._take_messages()
+        self._await_turn()
+        began_ns = self._clock()
         plan = self._scheduler.schedule()
         if plan is not None:
             self._runner.forward(plan)
             self._runner.sample()
+            self._pace.issued(len(plan.token_ids), len(plan.slots), began_ns, self._clock())
         num_to_leave = 0 if plan is None else self._runner.num_in_flight - 1
         if self._scheduler.num_issued > num_to_leave:
-            self._scheduler.apply(self._runner.result())
+            asked_ns = self._clock()
+            result = self._runner.result()
+            self._pace.ended(asked_ns, self._clock())
+            self._scheduler.apply(result)
         self._publish()
+
+    def _await_turn(self) -> None:
+        """Take messages until the running step is about to end."""
+        if self._scheduler.num_issued == 0:
+            self._pace.idle()
+            return
+        while not self._is_stopping:
+            wait_s = self._pace.wait_ns(self._clock()) / 1e9
+            if wait_s < _SHORTEST_WAIT_S:
+                return
+            for message in self._inbox.receive(block=True, timeout_s=wait_s):
+                self._handle(message)
 
     def _take_messages(self) -> None:
         idle = self._scheduler.num_live == 0 and self._scheduler.num_issued == 0
@@ -151,4 +176,4 @@ def build_loop(
         num_in_flight=runner.num_in_flight,
         clock=clock,
     )
-    return EngineLoop(runner=runner, scheduler=scheduler, inbox=inbox, outbox=outbox)
+    return EngineLoop(runner=runner, scheduler=scheduler, inbox=inbox, outbox=outbox, clock=clock)

@@ -56,3 +56,5 @@ class EnginePlan:
     attention_reduce_in_fp32: bool = False
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""
+    piece_graph_sizes: tuple[int, ...] = ()
+    """Numbers of tokens for which what lies between attention layers is captured."""

@@ -56,16 +56,30 @@ class AttentionBackend(Protocol):
         """Prepare for a step."""
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension.
 
-        Rows beyond the planned tokens are padding: not written, and zero in the result.
+        Rows beyond the planned tokens are padding: not written, and zero in the result. The
+        result is `out`, contiguous, where that is given.
         """
 
 
 class CapturableAttention(AttentionBackend, Protocol):
     """A backend whose decode steps can be captured in CUDA graphs."""
+
+    def wants_eager(
+        self, slots: Int32Array, start_positions: Int32Array, host_page_table: Int32Array
+    ) -> bool:
+        """Whether a step of these rows, [S] with one token each, is better not captured.
+
+        Then `plan` prepares a faster way for it than `plan_captured`.
+        """
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         """Prepare for a step of rows with one token each.

@@ -60,7 +60,12 @@ class TorchAttention:
         self._groups.clear()
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
@@ -72,7 +77,8 @@ class TorchAttention:
         if groups is None:
             groups = self._plan_groups(self._inputs, layer.sliding_window)
             self._groups[layer.sliding_window] = groups
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in groups:
             out[group.tokens] = _attend(
                 q[group.tokens], keys, values, group, layer, in_fp32=self._reduce_in_fp32

@@ -1,4 +1,4 @@
-"""Attention by kernels of our own in Triton, for any GPU that Triton has, and every shape.
+"""Attention by kernels of our own in Triton, for CUDA devices and every shape.
 
 Rows with one token go through the decode kernel, rows with several through the prefill kernel, so
 a mixed step is two launches a layer beside the write of keys and values. Head sizes to
@@ -16,6 +16,7 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.upload import upload, upload_into
+from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kernels.paged_attention import Softmax, parts_of_weights
 from services.worker.engine.kernels.paged_decode import PagedDecode
@@ -82,6 +83,11 @@ class TritonAttention:
         self._rows = rows_there.view(-1, 3)
         self._blocks = blocks_there.view(-1, 4) if len(blocks) else None
 
+    def wants_eager(
+        self, slots: Int32Array, start_positions: Int32Array, host_page_table: Int32Array
+    ) -> bool:
+        return False
+
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         self._blocks = None
@@ -89,7 +95,12 @@ class TritonAttention:
         upload_into(self._rows, self._decode.list_rows(inputs.slots, inputs.start_positions))
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inputs = self._inputs
         assert inputs is not None, "plan() comes before run()"
@@ -97,7 +108,8 @@ class TritonAttention:
         num_tokens = len(inputs.locations)
         write_kv(k, v, keys, values, inputs.locations)
         softmax = Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if len(self._rows):
             self._decode.run(q, keys, values, out, self._rows, inputs.page_table, softmax)
         if self._blocks is not None:

@@ -73,6 +73,11 @@ class DecodeGraphs:
             num_rows == len(plan.token_ids) == len(plan.sample_rows)
             and num_rows <= self._sizes[-1]
             and not plan.prompt_logprobs
+            # The table lacks the plan's own page changes, so this is a good guess; the backend
+            # decides once more when it plans the step.
+            and not self._backend.wants_eager(
+                plan.slots, plan.start_positions, self._tables.host_page_table
+            )
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepInputs, torch.Tensor]:
@@ -105,10 +110,9 @@ class DecodeGraphs:
 
 
 def decode_graph_sizes(max_rows: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then every 8, up to what holds `max_rows` but at most 256."""
-    largest = min(-(-max_rows // 8) * 8, 256)
-    sizes = (1, 2, 4, *range(8, largest + 1, 8))
-    return tuple(size for size in sizes if size <= largest)
+    """1, 2, 4, then every 8 to 256 and every 16 to 512, up to the first that holds `max_rows`."""
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    return sizes[: np.searchsorted(sizes, max(max_rows, 8)) + 1]
 
 
 def _padding_only() -> StepPlan:

@@ -13,7 +13,7 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionInputs
 from services.worker.engine.attention.upload import upload, upload_into
-from services.worker.engine.batch import LAST_SAMPLED, StepPlan
+from services.worker.engine.batch import LAST_SAMPLED, Int32Array, StepPlan
 from services.worker.engine.layers.parameters import MIN_CPU_ROWS
 
 
@@ -39,6 +39,30 @@ class StepInputs:
 # Rows of the packed int64 tensor that a captured step reads: ids (LAST_SAMPLED where only the
 # device knows), slots, positions, pool locations.
 PACKED_ROWS = 4
+# The same without locations, for steps whose attention is not captured.
+PADDED_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenLayout:
+    """Where a plan's tokens stand."""
+
+    # [T]
+    slots: npt.NDArray[np.integer]
+    positions: npt.NDArray[np.int64]
+    # [S] first token of each row, and the one after its last.
+    firsts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> _TokenLayout:
+        num_tokens, starts = plan.num_tokens, plan.start_positions.astype(np.int64)
+        ends = np.cumsum(num_tokens, dtype=np.int64)
+        firsts = ends - num_tokens
+        if len(plan.token_ids) == len(num_tokens):
+            return cls(plan.slots, starts, firsts, ends)
+        positions = np.arange(ends[-1]) + np.repeat(starts - firsts, num_tokens)
+        return cls(np.repeat(plan.slots, num_tokens), positions, firsts, ends)
 
 
 class SlotTables:
@@ -67,48 +91,46 @@ class SlotTables:
         # On a CPU both twins are the same memory.
         self._page_table = torch.from_numpy(self._host_pages).to(device)
 
+    @property
+    def host_page_table(self) -> Int32Array:
+        """[slots, pages] as of the last prepared plan."""
+        return self._host_pages
+
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Apply the plan's page changes and lay out its tokens."""
         self._apply_page_changes(plan)
-        num_tokens, starts = plan.num_tokens, plan.start_positions.astype(np.int64)
-        ends = np.cumsum(num_tokens, dtype=np.int64)
-        first_tokens = ends - num_tokens
-        if len(plan.token_ids) == len(num_tokens):
-            token_slots, positions = plan.slots, starts
-        else:
-            token_slots = np.repeat(plan.slots, num_tokens)
-            positions = np.arange(ends[-1]) + np.repeat(starts - first_tokens, num_tokens)
-        sample_rows = plan.sample_rows
-        token_ids, slots, positions_there, locations, sample_tokens, sampled_slots = upload(
+        tokens = _TokenLayout.of(plan)
+        token_ids, slots, positions, *rest = upload(
             self._device,
             plan.token_ids,
-            token_slots,
-            positions,
-            self._locations(token_slots, positions),
-            ends[sample_rows] - 1,
-            plan.slots[sample_rows],
+            tokens.slots,
+            tokens.positions,
+            *self._selections(plan, tokens),
         )
         if (plan.token_ids == LAST_SAMPLED).any():
             token_ids = self.resolve(token_ids, slots)
-        return StepInputs(
-            token_ids=self._padded(token_ids),
-            positions=self._padded(positions_there),
-            attention=AttentionInputs(
-                slots=plan.slots,
-                num_tokens=num_tokens,
-                start_positions=plan.start_positions,
-                host_page_table=self._host_pages,
-                page_table=self._page_table,
-                locations=locations,
-            ),
-            first_tokens=first_tokens,
-            sample_tokens=(
-                None if len(sample_rows) == len(plan.token_ids) else self._padded(sample_tokens)
-            ),
-            sample_slots=plan.slots[sample_rows],
-            sample_positions=starts[sample_rows] + num_tokens[sample_rows],
-            sampled_slots=sampled_slots,
+        return self._inputs(
+            plan, tokens, self._padded(token_ids), self._padded(positions), tuple(rest)
         )
+
+    def prepare_padded(self, plan: StepPlan, buffer: torch.Tensor, width: int) -> StepInputs:
+        """The same with ids and positions padded to `width` tokens, at the head of `buffer`.
+
+        `padded_view` gives what a capture reads from there. Ids are not resolved.
+        """
+        self._apply_page_changes(plan)
+        tokens = _TokenLayout.of(plan)
+        selections = self._selections(plan, tokens)
+        head = np.zeros((PADDED_ROWS, width), np.int64)
+        head[1] = self.padding_slot
+        for row, values in enumerate((plan.token_ids, tokens.slots, tokens.positions)):
+            head[row, : len(values)] = values
+        host = np.concatenate((head.ravel(), *selections), dtype=np.int64)
+        upload_into(buffer[: len(host)], host)
+        lengths = [len(each) for each in selections]
+        rest = torch.split(buffer[head.size : len(host)], lengths)
+        token_ids, _, positions = padded_view(buffer, width)
+        return self._inputs(plan, tokens, token_ids, positions, rest)
 
     def prepare_captured(self, plan: StepPlan, packed: torch.Tensor) -> StepInputs:
         """A step of rows with one token each that all sample, padded to N rows.
@@ -142,6 +164,45 @@ class SlotTables:
             sampled_slots=packed[1, :num_rows],
         )
 
+    def _selections(
+        self, plan: StepPlan, tokens: _TokenLayout
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Int32Array]:
+        """Pool locations, tokens to sample from, and the slots that get the ids."""
+        return (
+            self._locations(tokens.slots, tokens.positions),
+            tokens.ends[plan.sample_rows] - 1,
+            plan.slots[plan.sample_rows],
+        )
+
+    def _inputs(
+        self,
+        plan: StepPlan,
+        tokens: _TokenLayout,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        selections: tuple[torch.Tensor, ...],
+    ) -> StepInputs:
+        locations, sample_tokens, sampled_slots = selections
+        rows = plan.sample_rows
+        samples_all = len(rows) == len(plan.token_ids)
+        return StepInputs(
+            token_ids=token_ids,
+            positions=positions,
+            attention=AttentionInputs(
+                slots=plan.slots,
+                num_tokens=plan.num_tokens,
+                start_positions=plan.start_positions,
+                host_page_table=self._host_pages,
+                page_table=self._page_table,
+                locations=locations,
+            ),
+            first_tokens=tokens.firsts,
+            sample_tokens=None if samples_all else self._padded(sample_tokens),
+            sample_slots=plan.slots[rows],
+            sample_positions=tokens.positions[tokens.ends[rows] - 1] + 1,
+            sampled_slots=sampled_slots,
+        )
+
     def resolve(self, token_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """[T] ids and slots on the device -> ids, the slot's newest where LAST_SAMPLED stands."""
         return torch.where(token_ids == LAST_SAMPLED, self._last_ids[slots], token_ids)
@@ -171,3 +232,8 @@ class SlotTables:
         if self._device.type == "cpu" and len(values) == 1:
             return values.expand(MIN_CPU_ROWS)
         return values
+
+
+def padded_view(buffer: torch.Tensor, width: int) -> torch.Tensor:
+    """The part of a padded step's buffer that is the same for every step of `width` tokens."""
+    return buffer[: PADDED_ROWS * width].view(PADDED_ROWS, width)

@@ -19,6 +19,7 @@ from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EnginePlan
 from services.worker.engine.runner.graphs import DecodeGraphs
 from services.worker.engine.runner.inputs import SlotTables, StepInputs
+from services.worker.engine.runner.pieces import PieceGraphs
 from services.worker.engine.sampling.counts import TokenCounts
 from services.worker.engine.sampling.logprobs import (
     PositionLogprobs,
@@ -102,14 +103,27 @@ class ModelRunner:
         self._forwarded: deque[_Forwarded] = deque()
         self._sampled: deque[_Sampled] = deque()
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PieceGraphs | None = None
+        self._num_slots = num_slots
 
-    def capture(self, backend: CapturableAttention, sizes: tuple[int, ...]) -> None:
+    def capture_decodes(self, backend: CapturableAttention, sizes: tuple[int, ...]) -> None:
         """Replay graphs of decode steps from here on; `backend` is the one given before."""
         self._graphs = DecodeGraphs(
             model=self._model,
             backend=backend,
             tables=self._tables,
             sizes=sizes,
+            device=self._device,
+        )
+
+    def capture_pieces(self, sizes: tuple[int, ...]) -> None:
+        """Replay graphs of what lies between attention layers, for other steps, from here on."""
+        self._pieces = PieceGraphs(
+            model=self._model,
+            backend=self._backend,
+            tables=self._tables,
+            sizes=sizes,
+            num_slots=self._num_slots,
             device=self._device,
         )
 
@@ -122,9 +136,12 @@ class ModelRunner:
             inputs, hidden = self._graphs.forward(plan)
             self._forwarded.append(_Forwarded(plan, inputs, self._model.logits(hidden), []))
             return
-        inputs = self._tables.prepare(plan)
-        self._backend.plan(inputs.attention)
-        hidden = self._model.forward(inputs.token_ids, inputs.positions, self._backend)
+        if self._pieces is not None and self._pieces.takes(plan):
+            inputs, hidden = self._pieces.forward(plan)
+        else:
+            inputs = self._tables.prepare(plan)
+            self._backend.plan(inputs.attention)
+            hidden = self._model.forward(inputs.token_ids, inputs.positions, self._backend)
         prompt_logprobs = [
             self._prompt_logprobs(hidden, plan, inputs, request) for request in plan.prompt_logprobs
         ]

@@ -18,6 +18,7 @@ from services.worker.engine.models.weights import load_dummy_weights, load_weigh
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.pieces import piece_graph_sizes
 
 # The best comes first.
 ATTENTION_BACKENDS = ("flashinfer", "triton", "torch")
@@ -191,6 +192,11 @@ def decide_plan(
         tp_size=options.tp_size,
         attention_reduce_in_fp32=options.attention_reduce_in_fp32,
         graph_sizes=decide_graph_sizes(options, backend),
+        piece_graph_sizes=(
+            piece_graph_sizes(options.chunked_prefill_size)
+            if backend != "torch" and not options.disable_cuda_graph
+            else ()
+        ),
     )
 
 
@@ -243,7 +249,9 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
     backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
     runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
     if plan.graph_sizes:
-        runner.capture(backend, plan.graph_sizes)
+        runner.capture_decodes(backend, plan.graph_sizes)
+    if plan.piece_graph_sizes:
+        runner.capture_pieces(plan.piece_graph_sizes)
     return runner
 
 
