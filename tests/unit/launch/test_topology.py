@@ -61,6 +61,8 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
             quantization="fp8",
             kv_cache_dtype="fp8_e5m2",
             attention_backend="torch",
+            disable_flashinfer=True,
+            attention_reduce_in_fp32=True,
             disable_cuda_graph=True,
             enable_torch_compile=True,
             schedule_policy="fcfs",
@@ -76,6 +78,7 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
     assert (worker.dtype, worker.device, worker.load_format) == ("bfloat16", "cpu", "dummy")
     assert (worker.quantization, worker.kv_cache_dtype) == ("fp8", "fp8_e5m2")
     assert (worker.attention_backend, worker.disable_cuda_graph) == ("torch", True)
+    assert (worker.disable_flashinfer, worker.attention_reduce_in_fp32) == (True, True)
 
 
 def test_the_grpc_port_follows_the_http_port() -> None:
