@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Placement, shard_size
+from services.worker.engine.layers.products import few_token_kernels, multiply
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,28 @@ class ColumnParallelLinear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]"""
-        return F.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias)
+
+    def forward_normed(self, x: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """Of the norm of x, [T, I] -> [T, O]; one launch for one token."""
+        kernels = few_token_kernels(x, self.weight)
+        if kernels is None or len(x) > 1:
+            return self.forward(norm.forward(x))
+        return kernels.matvec(x, self.weight, bias=self.bias, norm_weight=norm.weight, eps=norm.eps)
+
+    def forward_gated(self, x: torch.Tensor, norm: RmsNorm | None = None) -> torch.Tensor | None:
+        """silu(first half of the outputs) * second half, [T, I] -> [T, O / 2], in one launch.
+
+        Of the norm of x where one is given. None where there is no such kernel.
+        """
+        kernels = few_token_kernels(x, self.weight)
+        if kernels is None or (norm is not None and len(x) > 1):
+            return None
+        if norm is None:
+            return kernels.gated_matvec(x, self.weight, bias=self.bias)
+        return kernels.gated_matvec(
+            x, self.weight, bias=self.bias, norm_weight=norm.weight, eps=norm.eps
+        )
 
 
 class RowParallelLinear:
@@ -98,9 +120,16 @@ class RowParallelLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]"""
         if self._group.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self._group.all_reduce(F.linear(x, self.weight))
+            return multiply(x, self.weight, self.bias)
+        out = self._group.all_reduce(multiply(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
+
+    def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The outputs plus the residual [T, O], in one launch for few tokens on one rank."""
+        kernels = few_token_kernels(x, self.weight) if self._group.size == 1 else None
+        if kernels is None:
+            return self.forward(x).add_(residual)
+        return kernels.matvec(x, self.weight, bias=self.bias, residual=residual)
 
 
 def _unit_range(part: Part, placement: Placement) -> slice:

@@ -17,7 +17,7 @@ class RmsNorm:
 
     def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
         self._name = name
-        self._eps = eps
+        self.eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
         self._fused = fused_kernels(placement.device, placement.dtype)
@@ -31,16 +31,16 @@ class RmsNorm:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] -> [..., E]"""
         if self._fused is not None and x.ndim == 2:
-            return self._fused.rms_norm(x, self.weight, self._eps)
+            return self._fused.rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
-            return F.rms_norm(x, self._shape, self.weight, self._eps)
-        return F.rms_norm(x.float(), self._shape, None, self._eps).to(x.dtype) * self.weight
+            return F.rms_norm(x, self._shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self._shape, None, self.eps).to(x.dtype) * self.weight
 
     def forward_add(
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum; may overwrite `x`."""
         if self._fused is not None:
-            return self._fused.add_rms_norm(x, residual, self.weight, self._eps), x
+            return self._fused.add_rms_norm(x, residual, self.weight, self.eps), x
         total = x.add_(residual)
         return self.forward(total), total
