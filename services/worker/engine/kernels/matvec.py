@@ -28,7 +28,8 @@ from services.worker.engine.kernels.dependent_launch import (
 )
 
 MAX_TOKENS = 32
-# Several tokens: fewer outputs than this are too few programs to keep the memory busy.
+# Fewer outputs than this are too few programs to keep the memory busy: smaller tiles for one
+# token, cuBLAS (which divides K as well) for several.
 _MIN_ROWS = 4096
 # Features are read 16 at a time, which aligns every row for the widest loads.
 _FEATURE_MULTIPLE = 16
@@ -229,7 +230,7 @@ def _launch(
 ) -> None:
     num_tokens, (num_rows, size) = len(x), weight.shape
     assert norm_weight is None or num_tokens == 1, "several tokens are normed before"
-    tile = choose_tile(num_tokens, num_rows, size, weight.itemsize)
+    tile = choose_tile(num_tokens, num_rows, size)
     kernel = _one_token if num_tokens == 1 else _few_tokens
     kernel[(triton.cdiv(num_rows, tile.rows),)](
         x, x.stride(0), weight, x if norm_weight is None else norm_weight,
@@ -243,13 +244,9 @@ def _launch(
 
 
 @functools.cache
-def choose_tile(num_tokens: int, num_rows: int, size: int, itemsize: int) -> Tile:
+def choose_tile(num_tokens: int, num_rows: int, size: int) -> Tile:
     """The tile that won for such a product on an H100, see bench/results/matvec_gpu.md."""
     if num_tokens > 1:
         return Tile(rows=64, block=128, num_warps=4, num_stages=8)
     block = min(2048, max(256, triton.next_power_of_2(size)))
-    if num_rows >= 16384:
-        rows = 8
-    else:
-        rows = 4 if size <= 1024 or itemsize == 1 else 2
-    return Tile(rows=rows, block=block, num_warps=block // 256)
+    return Tile(rows=4 if num_rows >= _MIN_ROWS else 2, block=block, num_warps=block // 256)
