@@ -142,8 +142,9 @@ def _report(
         figures[f"{name}_{num_tokens}"] = {"cublas_us": round(cublas, 2), "ours_us": round(ours, 2)}
         taken = "" if all(p.taken(num_tokens) for p in products) else " (some by cuBLAS)"
         print(
-            f"{name:8s} tokens {num_tokens:2d} cuBLAS {cublas:8.2f} us {num_bytes / cublas / 1e3:5.0f}"
-            f" GB/s, ours {ours:8.2f} us {num_bytes / ours / 1e3:5.0f} GB/s{taken}"
+            f"{name:8s} tokens {num_tokens:2d} cuBLAS {cublas:8.2f} us "
+            f"{num_bytes / cublas / 1e3:5.0f} GB/s, ours {ours:8.2f} us "
+            f"{num_bytes / ours / 1e3:5.0f} GB/s{taken}"
         )
 
 
