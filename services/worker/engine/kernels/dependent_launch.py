@@ -17,11 +17,17 @@ _FIRST_CAPABILITY = (9, 0)
 
 
 @functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on this device can start while their predecessors run (Hopper and on)."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+
+
+@functools.cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """What a launch is given: the constant DEPENDENT, and the driver's option where it is true."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
-        return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": True, "launch_pdl": True} if can_overlap(device) else {"DEPENDENT": False}
 
 
 @triton.jit

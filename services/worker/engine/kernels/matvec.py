@@ -22,24 +22,17 @@ import triton.language as tl
 
 from services.worker.engine.kernels.dependent_launch import (
     allow_dependents,
+    can_overlap,
     launch_options,
     wait_for_predecessors,
 )
 
 MAX_TOKENS = 32
-# Several tokens: fewer outputs than this are too few programs to keep the memory busy.
+# Fewer outputs than this are too few programs to keep the memory busy: smaller tiles for one
+# token, cuBLAS (which divides K as well) for several.
 _MIN_ROWS = 4096
 # Features are read 16 at a time, which aligns every row for the widest loads.
 _FEATURE_MULTIPLE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """The RMS norm that is applied to x."""
-
-    # [K]
-    weight: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +166,18 @@ def _few_tokens(
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these kernels compute this product, and faster than cuBLAS does."""
+    """Whether these kernels compute this product, and faster than cuBLAS does.
+
+    Several tokens: their tiles want the shared memory of a Hopper GPU, weights of 16 bits, and
+    enough outputs.
+    """
     num_rows, size = weight.shape
     if x.dtype.itemsize != 2 or size % _FEATURE_MULTIPLE or not weight.is_contiguous():
         return False
-    return len(x) == 1 or (
-        1 < len(x) <= MAX_TOKENS and num_rows >= _MIN_ROWS and weight.dtype == x.dtype
-    )
+    if len(x) == 1:
+        return True
+    is_large = num_rows >= _MIN_ROWS and weight.dtype == x.dtype
+    return is_large and 1 < len(x) <= MAX_TOKENS and can_overlap(x.device)
 
 
 def matvec(
@@ -188,17 +186,18 @@ def matvec(
     *,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    norm: Norm | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x [T, K], rows contiguous; weight [N, K] -> [T, N].
 
     `weight` is of x's type or, with `scale` [N] in float32, float8_e4m3fn. `residual` [T, N] is
-    added last. `norm` is for one token only.
+    added last. With `norm_weight` [K], for one token only, x is normed first (RMS norm).
     """
     out = x.new_empty(len(x), len(weight), dtype=out_dtype)
-    _launch(x, weight, bias, scale, norm, residual, out, gated=False)
+    _launch(x, weight, bias, scale, norm_weight, eps, residual, out, gated=False)
     return out
 
 
@@ -208,11 +207,12 @@ def gated_matvec(
     *,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    norm: Norm | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
     """As `matvec`, of gate (the first F rows) and up: silu(gate) * up, [T, F]."""
     out = x.new_empty(len(x), len(weight) // 2)
-    _launch(x, weight, bias, scale, norm, None, out, gated=True)
+    _launch(x, weight, bias, scale, norm_weight, eps, None, out, gated=True)
     return out
 
 
@@ -221,35 +221,32 @@ def _launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
-    norm: Norm | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
     gated: bool,
 ) -> None:
     num_tokens, (num_rows, size) = len(x), weight.shape
-    assert norm is None or num_tokens == 1, "several tokens are normed before"
-    tile = choose_tile(num_tokens, num_rows, size, weight.itemsize)
+    assert norm_weight is None or num_tokens == 1, "several tokens are normed before"
+    tile = choose_tile(num_tokens, num_rows, size)
     kernel = _one_token if num_tokens == 1 else _few_tokens
     kernel[(triton.cdiv(num_rows, tile.rows),)](
-        x, x.stride(0), weight, x if norm is None else norm.weight,
+        x, x.stride(0), weight, x if norm_weight is None else norm_weight,
         x if scale is None else scale, x if bias is None else bias,
-        x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
+        x if residual is None else residual, out, eps,
         num_tokens, num_rows, K=size, TOKENS=1 if num_tokens == 1 else 16 * -(-num_tokens // 16),
         ROWS=tile.rows, BLOCK=tile.block, STAGES=tile.num_stages, GATED=gated,
-        HAS_NORM=norm is not None, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+        HAS_NORM=norm_weight is not None, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, num_warps=tile.num_warps, **launch_options(x.device),
     )  # fmt: skip
 
 
 @functools.cache
-def choose_tile(num_tokens: int, num_rows: int, size: int, itemsize: int) -> Tile:
+def choose_tile(num_tokens: int, num_rows: int, size: int) -> Tile:
     """The tile that won for such a product on an H100, see bench/results/matvec_gpu.md."""
     if num_tokens > 1:
         return Tile(rows=64, block=128, num_warps=4, num_stages=8)
     block = min(2048, max(256, triton.next_power_of_2(size)))
-    if num_rows >= 16384:
-        rows = 8
-    else:
-        rows = 4 if size <= 1024 or itemsize == 1 else 2
-    return Tile(rows=rows, block=block, num_warps=block // 256)
+    return Tile(rows=4 if num_rows >= _MIN_ROWS else 2, block=block, num_warps=block // 256)

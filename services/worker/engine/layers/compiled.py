@@ -25,6 +25,7 @@ class CompiledKernels:
         self._add_rms_norm = _compiled(_add_rms_norm)
         self._silu_mul = _compiled(_silu_mul)
         self._rotate = _compiled(plain_rotate)
+        self._norm_rotate = _compiled(_norm_rotate)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[T, E] -> its norm."""
@@ -48,6 +49,22 @@ class CompiledKernels:
         rotated: torch.Tensor = self._rotate(x, cos, sin)
         return rotated
 
+    def norm_rotate(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        num_queries: int,
+        eps: float,
+    ) -> torch.Tensor:
+        """As `rotate`, of the norm of each head; the first `num_queries` heads are queries."""
+        rotated: torch.Tensor = self._norm_rotate(
+            x, cos, sin, query_weight, key_weight, num_queries, eps
+        )
+        return rotated
+
 
 def _compiled(function: Callable[..., torch.Tensor]) -> Any:
     return torch.compile(function, fullgraph=True, dynamic=True)
@@ -68,3 +85,17 @@ def _add_rms_norm(
 def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _norm_rotate(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    num_queries: int,
+    eps: float,
+) -> torch.Tensor:
+    queries = _rms_norm(x[:, :num_queries], query_weight, eps)
+    keys = _rms_norm(x[:, num_queries:], key_weight, eps)
+    return plain_rotate(torch.cat((queries, keys), dim=1), cos, sin)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.layers.parameters import Placement, StoredTensor
+from services.worker.engine.layers.products import multiply_to_float
 
 
 class VocabularyShard:
@@ -56,7 +57,7 @@ def embed(shard: VocabularyShard, token_ids: torch.Tensor) -> torch.Tensor:
 
 def compute_logits(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tensor:
     """[R, E] -> [R, V] in float32, whole on every rank."""
-    logits = F.linear(hidden, shard.weight).float()
+    logits = multiply_to_float(hidden, shard.weight)
     if shard.group.size == 1:
         return logits
     return shard.group.all_gather(logits)[:, : shard.vocab_size].contiguous()

@@ -20,6 +20,17 @@ class FusedKernels(Protocol):
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor: ...
 
+    def norm_rotate(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        num_queries: int,
+        eps: float,
+    ) -> torch.Tensor: ...
+
 
 def fused_kernels(
     device: torch.device, dtype: torch.dtype, compiled: FusedKernels | None = None

@@ -11,7 +11,9 @@ import torch
 
 from services.worker.engine.layers.fp8 import Rows
 from services.worker.engine.layers.matrix import make_matrix
+from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Placement, StoredTensor, shard_size
+from services.worker.engine.layers.products import few_token_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,33 @@ class ColumnParallelLinear:
         """[T, I] -> [T, O]"""
         return self.matrix.multiply(x, self.bias)
 
+    def forward_normed(self, x: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """Of the norm of x, [T, I] -> [T, O]; one launch for one token."""
+        weight, scale = self.matrix.weight, self.matrix.scale
+        kernels = few_token_kernels(x, weight)
+        if kernels is None or len(x) > 1:
+            return self.forward(norm.forward_rows(x))
+        return kernels.matvec(
+            x, weight, bias=self.bias, scale=scale, norm_weight=norm.weight, eps=norm.eps
+        )
+
+    def forward_gated(self, x: Rows, norm: RmsNorm | None = None) -> torch.Tensor | None:
+        """silu(first half of the outputs) * second half, [T, I] -> [T, O / 2], in one launch.
+
+        Of the norm of x where one is given. None where there is no such kernel.
+        """
+        weight, scale = self.matrix.weight, self.matrix.scale
+        if not isinstance(x, torch.Tensor) or (norm is not None and len(x) > 1):
+            return None
+        kernels = few_token_kernels(x, weight)
+        if kernels is None:
+            return None
+        if norm is None:
+            return kernels.gated_matvec(x, weight, bias=self.bias, scale=scale)
+        return kernels.gated_matvec(
+            x, weight, bias=self.bias, scale=scale, norm_weight=norm.weight, eps=norm.eps
+        )
+
 
 class RowParallelLinear:
     """One matrix whose inputs are divided among the ranks; outputs are summed over them."""
@@ -122,6 +151,16 @@ class RowParallelLinear:
             return self.matrix.multiply(x, self.bias)
         out = self._group.all_reduce(self.matrix.multiply(x))
         return out if self.bias is None else out.add_(self.bias)
+
+    def forward_add(self, x: Rows, residual: torch.Tensor) -> torch.Tensor:
+        """The outputs plus the residual [T, O], in one launch for few tokens on one rank."""
+        weight, scale = self.matrix.weight, self.matrix.scale
+        if self._group.size > 1 or not isinstance(x, torch.Tensor):
+            return self.forward(x).add_(residual)
+        kernels = few_token_kernels(x, weight)
+        if kernels is None:
+            return self.forward(x).add_(residual)
+        return kernels.matvec(x, weight, bias=self.bias, scale=scale, residual=residual)
 
 
 def _unit_range(part: Part, placement: Placement) -> slice:

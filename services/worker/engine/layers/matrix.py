@@ -9,17 +9,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from services.worker.engine.layers.fp8 import FEATURE_MULTIPLE, Fp8Matrix, Rows
 from services.worker.engine.layers.fused import Fp8Kernels
 from services.worker.engine.layers.parameters import Placement, StoredTensor
+from services.worker.engine.layers.products import multiply
 
 
 class Matrix(Protocol):
     """One rank's [O, I] weights, of one or several checkpoint matrices over the same input."""
 
     weight: torch.Tensor
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """[O] in float32, of FP8 weights: what sums are multiplied by; else None."""
 
     @property
     def kernels(self) -> Fp8Kernels | None:
@@ -40,6 +44,7 @@ class Matrix(Protocol):
 class DenseMatrix:
     """Owns `weight` [O, I] in the model's type."""
 
+    scale = None
     kernels = None
 
     def __init__(self, out_features: int, in_features: int, placement: Placement) -> None:
@@ -55,7 +60,7 @@ class DenseMatrix:
 
     def multiply(self, x: Rows, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(x, torch.Tensor), "only FP8 weights are multiplied with FP8 rows"
-        return F.linear(x, self.weight, bias)
+        return multiply(x, self.weight, bias)
 
 
 def make_matrix(

@@ -28,7 +28,7 @@ class RmsNorm:
         fp8: Fp8Kernels | None = None,
     ) -> None:
         self._name = name
-        self._eps = eps
+        self.eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
         self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
@@ -43,22 +43,22 @@ class RmsNorm:
     def forward_rows(self, x: torch.Tensor) -> Rows:
         """[T, E] -> [T, E]"""
         if self._fp8 is not None and len(x) > self._fp8.FEW_TOKENS:
-            return Fp8Rows(*self._fp8.rms_norm(x, None, self.weight, self._eps))
+            return Fp8Rows(*self._fp8.rms_norm(x, None, self.weight, self.eps))
         return self.forward(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] -> [..., E]"""
         if self._fused is not None and x.ndim == 2:
-            return self._fused.rms_norm(x, self.weight, self._eps)
+            return self._fused.rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
-            return F.rms_norm(x, self._shape, self.weight, self._eps)
-        return F.rms_norm(x.float(), self._shape, None, self._eps).to(x.dtype) * self.weight
+            return F.rms_norm(x, self._shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self._shape, None, self.eps).to(x.dtype) * self.weight
 
     def forward_add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[Rows, torch.Tensor]:
         """The norm of x + residual, and that sum; may overwrite `x`."""
         if self._fp8 is not None and len(x) > self._fp8.FEW_TOKENS:
-            return Fp8Rows(*self._fp8.rms_norm(x, residual, self.weight, self._eps)), x
+            return Fp8Rows(*self._fp8.rms_norm(x, residual, self.weight, self.eps)), x
         if self._fused is not None:
-            return self._fused.add_rms_norm(x, residual, self.weight, self._eps), x
+            return self._fused.add_rms_norm(x, residual, self.weight, self.eps), x
         total = x.add_(residual)
         return self.forward(total), total

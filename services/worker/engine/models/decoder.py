@@ -55,8 +55,7 @@ class Attention:
         self.spec = AttentionLayer(
             index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
         )
-        fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
-        self._rotate = rotate if fused is None else fused.rotate
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
 
@@ -68,23 +67,36 @@ class Attention:
         backend: AttentionBackend,
     ) -> torch.Tensor:
         """[T, E] -> [T, E]"""
-        heads = self.qkv.forward(x).view(len(x), -1, self._head_dim)
+        return self.output.forward(self.attend(self.qkv.forward(x), cos, sin, backend))
+
+    def attend(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """[T, (H + 2 K) D] -> [T, H D]"""
+        heads = qkv.view(len(qkv), -1, self._head_dim)
         rotated_heads = self._num_heads + self._num_kv_heads
-        if self.norms is None:
-            # Queries and keys lie side by side, so one rotation serves both.
-            qk = self._rotate(heads[:, :rotated_heads], cos, sin)
-        else:
-            q_norm, k_norm = self.norms
-            q = q_norm.forward(heads[:, : self._num_heads])
-            k = k_norm.forward(heads[:, self._num_heads : rotated_heads])
-            qk = self._rotate(torch.cat((q, k), dim=1), cos, sin)
+        # Queries and keys lie side by side, so one rotation serves both.
+        qk = self._rotate(heads[:, :rotated_heads], cos, sin)
         out = backend.run(
             qk[:, : self._num_heads],
             qk[:, self._num_heads :],
             heads[:, rotated_heads:],
             self.spec,
         )
-        return self.output.forward(out.flatten(1))
+        return out.flatten(1)
+
+    def _rotate(self, qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[T, H + K, D], after the heads' norms if there are any."""
+        if self.norms is None:
+            return rotate(qk, cos, sin) if self._fused is None else self._fused.rotate(qk, cos, sin)
+        q_norm, k_norm = self.norms
+        if self._fused is not None:
+            return self._fused.norm_rotate(
+                qk, cos, sin, q_norm.weight, k_norm.weight, self._num_heads, q_norm.eps
+            )
+        q = q_norm.forward(qk[:, : self._num_heads])
+        k = k_norm.forward(qk[:, self._num_heads :])
+        return rotate(torch.cat((q, k), dim=1), cos, sin)
 
 
 class Mlp:
@@ -113,14 +125,26 @@ class Mlp:
 
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, E] -> [T, E]"""
-        gate_up = self.gate_up.forward(x)
+        return self.down.forward(self._gated(x))
+
+    def forward_add(self, residual: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """Of the norm of the residual, plus the residual, [T, E] -> [T, E]."""
+        return self.down.forward_add(self._gated(residual, norm), residual)
+
+    def _gated(self, x: Rows, norm: RmsNorm | None = None) -> Rows:
+        gated = self.gate_up.forward_gated(x, norm)
+        if gated is not None:
+            return gated
+        if norm is not None and isinstance(x, torch.Tensor):
+            x = norm.forward_rows(x)
+        both = self.gate_up.forward(x)
         fp8 = self.down.matrix.kernels
-        if fp8 is not None and len(x) > fp8.FEW_TOKENS:
-            return self.down.forward(Fp8Rows(*fp8.silu_mul(gate_up)))
+        if fp8 is not None and len(both) > fp8.FEW_TOKENS:
+            return Fp8Rows(*fp8.silu_mul(both))
         if self._fused is not None:
-            return self.down.forward(self._fused.silu_mul(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down.forward(F.silu(gate).mul_(up))
+            return self._fused.silu_mul(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class DecoderLayer:
@@ -136,6 +160,20 @@ class DecoderLayer:
         self.mlp_norm = RmsNorm(
             "post_attention_layernorm", size, eps, placement, self.mlp.gate_up.matrix.kernels
         )
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        backend: AttentionBackend,
+    ) -> torch.Tensor:
+        """[T, E] -> [T, E], norms and additions being part of the products where they can be."""
+        attention = self.attention
+        qkv = attention.qkv.forward_normed(residual, self.input_norm)
+        attended = attention.attend(qkv, cos, sin, backend)
+        residual = attention.output.forward_add(attended, residual)
+        return self.mlp.forward_add(residual, self.mlp_norm)
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
@@ -167,6 +205,7 @@ class Decoder:
         ]
         self._norm = RmsNorm("model.norm", config.hidden_size, config.norm_eps, placement)
         self._rotary = RotaryTable(config.rope, context_length, placement.device, placement.dtype)
+        self._fuses_products = fused_kernels(placement.device, placement.dtype) is not None
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
@@ -184,6 +223,10 @@ class Decoder:
         """[T] ids and positions -> [T, E] after the last norm."""
         cos, sin = self._rotary.at(positions)
         residual = embed(self._embedding, token_ids)
+        if self._fuses_products and len(token_ids) == 1:
+            for layer in self._layers:
+                residual = layer.forward(residual, cos, sin, backend)
+            return self._norm.forward(residual)
         x = self._layers[0].input_norm.forward_rows(residual)
         for index, layer in enumerate(self._layers):
             x = layer.attention.forward(x, cos, sin, backend)
