@@ -116,12 +116,11 @@ def worker_arguments(config: ServeConfig) -> tuple[str, ...]:
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
     ]
-    switches = [
-        flag
-        for flag, is_on in (
-            ("--disable-cuda-graph", config.disable_cuda_graph),
-            ("--enable-torch-compile", config.enable_torch_compile),
-        )
-        if is_on
-    ]
+    wishes = {
+        "--disable-flashinfer": config.disable_flashinfer,
+        "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
+        "--disable-cuda-graph": config.disable_cuda_graph,
+        "--enable-torch-compile": config.enable_torch_compile,
+    }
+    switches = (flag for flag, wished in wishes.items() if wished)
     return (*_model_arguments(config), *(str(part) for part in given), *switches)

@@ -24,7 +24,7 @@ def test_flags_become_the_engines_options() -> None:
         *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
         *("--attention-backend", "torch", "--disable-cuda-graph", "--enable-torch-compile"),
-        *("--schedule-policy", "fcfs"),
+        *("--disable-flashinfer", "--attention-reduce-in-fp32", "--schedule-policy", "fcfs"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -36,6 +36,8 @@ def test_flags_become_the_engines_options() -> None:
         max_running_sequences=7,
         chunked_prefill_size=64,
         attention_backend="torch",
+        disable_flashinfer=True,
+        attention_reduce_in_fp32=True,
         disable_cuda_graph=True,
         enable_torch_compile=True,
         schedule_policy="fcfs",
