@@ -20,7 +20,11 @@ _USAGE = """usage: rhizome COMMAND [--help]
 
 commands:
   serve   start all services on this host and serve one model
+  bench   measure a server, or the engine alone
 """
+
+# Commands that are programs of their own. They are named, as services are, never imported.
+_PROGRAMS = {"bench": "services.bench"}
 
 
 def main() -> None:
@@ -33,6 +37,8 @@ def main() -> None:
             run(serve(config))
         except ServiceGaveUpError as error:
             sys.exit(f"rhizome serve: giving up. {error}")
+    elif command in _PROGRAMS:
+        os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:

@@ -109,6 +109,7 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
         "--max-running-requests": config.max_running_requests,
+        "--profile-dir": config.profile_dir,
     }
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)

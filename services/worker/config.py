@@ -85,6 +85,9 @@ class WorkerConfig:
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
 
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
+
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
 
@@ -155,4 +158,5 @@ class WorkerConfig:
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,
+            profile_dir=self.profile_dir,
         )

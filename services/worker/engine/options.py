@@ -32,6 +32,8 @@ class EngineOptions:
     num_pages: int | None = None
     """Pages of the pool; None sizes it from free memory."""
     tp_size: int = 1
+    profile_dir: Path | None = None
+    """Where traces go; None refuses to record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
