@@ -69,6 +69,8 @@ def draw(title: str, runs: Sequence[Sequence[RequestRecord]]) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{_LEFT}" y="24" font-size="13" font-weight="bold">{escape(title)}</text>',
     ]
+    if len(runs) > 1:
+        parts += _legend(len(runs), width - _RIGHT)
     for index, panel in enumerate(panels):
         x = index % 2 * _PANEL_WIDTH
         y = _TITLE_HEIGHT + index // 2 * _PANEL_HEIGHT
@@ -164,15 +166,13 @@ def _draw_panel(panel: _Panel) -> list[str]:
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6">'
             f"<title>run {index + 1}</title></polyline>"
         )
-    if len(panel.lines) > 1:
-        parts += _legend(len(panel.lines), _LEFT + width)
     return parts
 
 
 def _legend(num_runs: int, right: float) -> list[str]:
     return [
-        f'<text x="{right - 44 * (num_runs - 1 - index):.1f}" y="{_TOP - 12}" text-anchor="end" '
-        f'fill="{_COLOURS[index % len(_COLOURS)]}">run {index + 1}</text>'
+        f'<text x="{right - 44 * (num_runs - 1 - index):.1f}" y="{_TITLE_HEIGHT}" '
+        f'text-anchor="end" fill="{_COLOURS[index % len(_COLOURS)]}">run {index + 1}</text>'
         for index in range(num_runs)
     ]
 
