@@ -65,10 +65,9 @@ def test_other_apis_are_measured_with_conversations(system: System, backend: str
 
 
 def test_requests_that_a_server_refuses_are_failures(system: System) -> None:
-    result = serving(
-        system,
-        *("--warmup-requests", "0", "--num-prompts", "3", "--vocab-size", "120000"),
-        *("--input-len", "8", "--output-len", "4"),
+    result = bench(
+        *("serving", "--base-url", system.url, "--warmup-requests", "0", "--num-prompts", "3"),
+        *("--vocab-size", "120000", "--input-len", "8", "--output-len", "4"),
     )
     assert result.returncode == 1
     assert "succeeded 0, failed 3" in result.stdout
