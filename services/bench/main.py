@@ -18,18 +18,18 @@ commands:
 def main() -> None:
     """Run one subcommand; exits with 2 on bad arguments, 1 when there is nothing to report."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
-    match command:
-        case "latency":
-            _latency(arguments)
-        case "offline":
-            _offline(arguments)
-        case "serving":
-            _serving(arguments)
-        case "--help" | "-h":
-            print(_USAGE, end="")
-        case _:
-            print(_USAGE, end="", file=sys.stderr)
-            sys.exit(2)
+    programs = {"latency": _latency, "offline": _offline, "serving": _serving}
+    if command in programs:
+        try:
+            programs[command](arguments)
+        except ModuleNotFoundError as error:
+            extras = "bench" if command == "serving" else "bench,worker"
+            sys.exit(f"rhizome bench {command}: {error}; pip install 'rhizome-llm[{extras}]'")
+    elif command in ("--help", "-h"):
+        print(_USAGE, end="")
+    else:
+        print(_USAGE, end="", file=sys.stderr)
+        sys.exit(2)
 
 
 # Configurations are imported where they are parsed: the engine's need its package, serving's does

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.system import ROOT, System
+from tests.e2e.system import ROOT, System, running_system
 
 SMALL = ("--vocab-size", "1536", "--input-len", "20", "40", "--output-len", "4", "8")
 
@@ -124,3 +124,24 @@ def test_profiling_is_refused_without_a_directory(system: System) -> None:
     reply = httpx.post(f"{system.url}/start_profile")
     assert reply.status_code == 400
     assert "--profile-dir" in reply.json()["error"]["message"]
+
+
+def test_a_server_records_traces_over_http(tmp_path: Path) -> None:
+    with (
+        running_system("--profile-dir", str(tmp_path)) as system,
+        httpx.Client(base_url=system.url, timeout=60) as http,
+    ):
+        assert http.post("/stop_profile").status_code == 400
+        unknown = http.post("/start_profile", json={"output_dir": "/tmp"})
+        assert unknown.json()["error"]["param"] == "output_dir"
+        assert http.post("/start_profile", json={"num_steps": 0}).status_code == 400
+        assert http.post("/start_profile", json={"num_steps": 4}).status_code == 200
+        sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+        reply = http.post("/generate", json={"text": "The", "sampling_params": sampling})
+        assert len(reply.json()["output_ids"]) == 8
+        stopped = http.get("/stop_profile")
+    assert stopped.status_code == 200
+    (trace,) = tmp_path.glob("*.json")
+    assert stopped.text.splitlines()[1:] == [str(trace)]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any("decoder.py" in event.get("name", "") for event in events)
