@@ -75,11 +75,11 @@ class ServeConfig:
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
 
-    profile_dir: Path | None = None
-    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
-
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""
+
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

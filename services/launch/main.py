@@ -16,20 +16,22 @@ from services.launch.topology import build_topology
 
 logger = logging.getLogger(__name__)
 
+# Commands that are programs of their own. They are named, as services are, never imported.
+_PROGRAMS = {"bench": "services.bench"}
+
 _USAGE = """usage: rhizome COMMAND [--help]
 
 commands:
-  serve   start all services on this host and serve one model
   bench   measure a server, or the engine alone
+  serve   start all services on this host and serve one model
 """
-
-# Commands that are programs of their own. They are named, as services are, never imported.
-_PROGRAMS = {"bench": "services.bench"}
 
 
 def main() -> None:
     """Run one subcommand; exits with 2 on bad arguments, 1 when a service cannot be kept up."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
+    if command in _PROGRAMS:
+        os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     if command == "serve":
         config = parse_config(ServeConfig, "serve", arguments, program="rhizome serve")
         configure_logging("launch", config.log_level)
@@ -37,8 +39,6 @@ def main() -> None:
             run(serve(config))
         except ServiceGaveUpError as error:
             sys.exit(f"rhizome serve: giving up. {error}")
-    elif command in _PROGRAMS:
-        os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:

@@ -108,8 +108,8 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
-        "--max-running-requests": config.max_running_requests,
         "--profile-dir": config.profile_dir,
+        "--max-running-requests": config.max_running_requests,
     }
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)

@@ -23,6 +23,8 @@ class EngineOptions:
     load_format: str = "safetensors"
     """"safetensors", or "dummy" for random weights in the configuration's shapes."""
     page_size: int = 16
+    profile_dir: Path | None = None
+    """Where traces go; None refuses to record."""
     context_length: int | None = None
     max_running_sequences: int = 256
     chunked_prefill_size: int = 2048
@@ -32,8 +34,6 @@ class EngineOptions:
     num_pages: int | None = None
     """Pages of the pool; None sizes it from free memory."""
     tp_size: int = 1
-    profile_dir: Path | None = None
-    """Where traces go; None refuses to record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
