@@ -74,6 +74,13 @@ def test_requests_that_a_server_refuses_are_failures(system: System) -> None:
     assert "HTTP 400" in result.stdout
 
 
+def test_an_unknown_benchmark_prints_the_usage() -> None:
+    for arguments in ((), ("nothing",)):
+        result = bench(*arguments)
+        assert result.returncode == 2
+        assert "usage: rhizome bench COMMAND" in result.stderr
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     result = bench("serving", "--base-url", "http://127.0.0.1:1")
     assert result.returncode == 1
