@@ -114,5 +114,10 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
     ]
-    switches = ("--disable-cuda-graph",) if config.disable_cuda_graph else ()
+    wishes = {
+        "--disable-flashinfer": config.disable_flashinfer,
+        "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
+        "--disable-cuda-graph": config.disable_cuda_graph,
+    }
+    switches = (flag for flag, wished in wishes.items() if wished)
     return (*_model_arguments(config), *(str(part) for part in given), *switches)
