@@ -111,6 +111,7 @@ def worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
+        "--profile-dir": config.profile_dir,
         "--max-running-requests": config.max_running_requests,
         "--schedule-policy": config.schedule_policy,
         "--kernel-cache-dir": config.kernel_cache_dir,

@@ -120,6 +120,9 @@ class WorkerConfig:
     drain_timeout_s: float = 30.0
     """Longest time that running sequences get to finish after SIGTERM."""
 
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
@@ -181,6 +184,7 @@ class WorkerConfig:
             quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
+            profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
             chunked_prefill_size=self.chunked_prefill_size,

@@ -32,6 +32,8 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"
     """"fp8_e4m3" or "fp8_e5m2" halve what a token of the pool takes; "auto" is the dtype."""
     page_size: int = 16
+    profile_dir: Path | None = None
+    """Where traces go; None refuses to record."""
     context_length: int | None = None
     max_running_sequences: int = 256
     chunked_prefill_size: int | None = None

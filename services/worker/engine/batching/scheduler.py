@@ -78,11 +78,9 @@ class BatchScheduler:
         self._num_in_flight = num_in_flight
         self._clock = clock
         self._cache = SequenceCache(num_pages, page_size)
-        num_slots = min(max_running_sequences, max_step_tokens)
-        self._running = RunningSequences(self._cache, num_slots)
+        self._running = RunningSequences(self._cache, min(max_running_sequences, max_step_tokens))
         self._slots = self._running.slots
-        self._waiting = WaitingQueue()
-        self._order = admission_order(policy)
+        self._waiting, self._order = WaitingQueue(), admission_order(policy)
         self._live: dict[int, Sequence] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._growth = GrowthEstimate() if growth is None else growth
