@@ -66,7 +66,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
                 *("--scheduler", sockets["scheduler"]),
                 # The gateway has drained before: nothing is left to wait for.
                 *("--drain-timeout-s", "1"),
-                *_worker_arguments(config),
+                *worker_arguments(config),
                 grace_s=5.0,
             )
         )
@@ -95,7 +95,8 @@ def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
+def worker_arguments(config: ServeConfig) -> tuple[str, ...]:
+    """What a worker is told of the model and of how to run it."""
     arguments = {
         "--served-model-name": config.served_model_name or config.model_path.resolve().name,
         "--tp-size": config.tp,
@@ -108,7 +109,10 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
+        "--profile-dir": config.profile_dir,
         "--max-running-requests": config.max_running_requests,
+        "--schedule-policy": config.schedule_policy,
+        "--kernel-cache-dir": config.kernel_cache_dir,
     }
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
@@ -117,6 +121,7 @@ def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
         "--disable-flashinfer": config.disable_flashinfer,
         "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
         "--disable-cuda-graph": config.disable_cuda_graph,
+        "--enable-torch-compile": config.enable_torch_compile,
     }
     switches = (flag for flag, wished in wishes.items() if wished)
     return (*_model_arguments(config), *(str(part) for part in given), *switches)

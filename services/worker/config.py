@@ -12,8 +12,6 @@ from cyclopts import Parameter
 from services.common.model_files import builtin_model_path
 from services.worker.engine.options import EngineOptions
 
-_CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig:
@@ -52,14 +50,23 @@ class WorkerConfig:
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
 
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and the key/value cache."""
+    mem_fraction_static: float | None = None
+    """Share of the device's free memory for weights and the key/value cache. Default: all that
+    the largest step and the CUDA graphs, measured at start, leave; more than that is not taken.
+    """
 
     max_total_tokens: int | None = None
     """Tokens the key/value cache holds. Default: what memory allows."""
 
     chunked_prefill_size: int | None = None
-    """Most tokens computed in one step. Default: 8192 with `--device cuda`, else 2048."""
+    """Most tokens computed in one step. Default, by the GPU's memory: 2048 below 35 GiB, 4096
+    below 60, 8192 below 160, else 16384; on CPUs 2048.
+    """
+
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request starts first: `lpm`, the one with the longest cached prefix (those
+    that waited for 10 s before others), or `fcfs`, the one that came first.
+    """
 
     max_running_requests: int = 256
     """Most sequences that run at once."""
@@ -91,11 +98,24 @@ class WorkerConfig:
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
 
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU; 16-bit types have kernels of their
+    own. Starts take longer, and results may differ in the last bits.
+    """
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
+
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
 
     drain_timeout_s: float = 30.0
     """Longest time that running sequences get to finish after SIGTERM."""
+
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
@@ -118,7 +138,7 @@ class WorkerConfig:
                 f"max_total_tokens must hold a page of {self.page_size}, "
                 f"got {self.max_total_tokens}"
             )
-        if not 0 < self.mem_fraction_static <= 1:
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem_fraction_static must be within (0, 1], got {self.mem_fraction_static}"
             )
@@ -144,7 +164,6 @@ class WorkerConfig:
 
     def engine_options(self) -> EngineOptions:
         """What the engine needs of all this."""
-        prefill = self.chunked_prefill_size
         pages = self.max_total_tokens
         return EngineOptions(
             model_path=self.model_path,
@@ -157,9 +176,12 @@ class WorkerConfig:
             disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
             page_size=self.page_size,
+            profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
-            chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),
+            chunked_prefill_size=self.chunked_prefill_size,
+            schedule_policy=self.schedule_policy,
+            enable_torch_compile=self.enable_torch_compile,
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
 from services.worker.engine.layers.products import multiply_to_float
 
 
@@ -39,7 +39,7 @@ class VocabularyShard:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {self._name: self._shape}
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         rows = tensor[self.first_id : self.first_id + self.num_ids]
         self.weight[: len(rows)].copy_(rows)
         self.weight[len(rows) :].zero_()

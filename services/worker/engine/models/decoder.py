@@ -17,6 +17,7 @@ from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Layer, Placement
+from services.worker.engine.layers.products import has_few_token_kernels
 from services.worker.engine.layers.rotary import RotaryTable, rotate
 from services.worker.engine.models.config import ModelConfig
 
@@ -52,7 +53,7 @@ class Attention:
         self.spec = AttentionLayer(
             index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
         )
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
 
@@ -116,7 +117,7 @@ class Mlp:
             bias=config.mlp_bias,
             placement=placement,
         )
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, E] -> [T, E]"""
@@ -191,7 +192,7 @@ class Decoder:
         ]
         self._norm = RmsNorm("model.norm", config.hidden_size, config.norm_eps, placement)
         self._rotary = RotaryTable(config.rope, context_length, placement.device, placement.dtype)
-        self._fuses_products = fused_kernels(placement.device, placement.dtype) is not None
+        self._fuses_products = has_few_token_kernels(placement.device, placement.dtype)
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""

@@ -21,8 +21,8 @@ from services.worker.engine.distributed.group import GlooGroup, join_store
 from services.worker.engine.distributed.plan_codec import decode_plan
 from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EnginePlan
-from services.worker.engine.runner.memory import pool_budget_bytes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.profile import memory_at_start, pool_budget
 from services.worker.engine.runner.ranks import RankLoaded, RankStart
 from services.worker.engine.runner.setup import decide_device, load_model, make_runner
 
@@ -53,8 +53,9 @@ def _serve(channel: Channel, start: RankStart) -> None:
     config = load_model_config(options.model_path)
     device = decide_device(options)
     group = GlooGroup(join_store(start.store_port, start.size), start.rank, start.size)
+    free = memory_at_start(device)
     model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
-    budget = pool_budget_bytes(device, options.mem_fraction_static, options.tp_size)
+    budget = pool_budget(model, options, group, device=device, free_at_start=free)
     channel.send(Kind.LOADED, msgspec.json.encode(RankLoaded(pool_budget_bytes=budget)))
     kind, payload = channel.receive()
     if kind is Kind.READY:
