@@ -59,7 +59,7 @@ class CompiledKernels:
         num_queries: int,
         eps: float,
     ) -> torch.Tensor:
-        """As `rotate`, of the norm of each head; the first `num_queries` heads are queries."""
+        """The same after a norm of each head: the first `num_queries` are queries, others keys."""
         rotated: torch.Tensor = self._norm_rotate(
             x, cos, sin, query_weight, key_weight, num_queries, eps
         )
@@ -74,6 +74,20 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
+
+
+def _norm_rotate(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    num_queries: int,
+    eps: float,
+) -> torch.Tensor:
+    queries = _rms_norm(x[:, :num_queries], query_weight, eps)
+    keys = _rms_norm(x[:, num_queries:], key_weight, eps)
+    return plain_rotate(torch.cat((queries, keys), dim=1), cos, sin)
 
 
 def _add_rms_norm(

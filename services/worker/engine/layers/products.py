@@ -41,9 +41,14 @@ class FewTokenKernels(Protocol):
     ) -> torch.Tensor: ...
 
 
+def has_few_token_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels at all. Float32 stays with torch: it is the reference."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
 def few_token_kernels(x: torch.Tensor, weight: torch.Tensor) -> FewTokenKernels | None:
     """The kernels, if this product is for them."""
-    if x.device.type != "cuda" or x.dtype == torch.float32:
+    if not has_few_token_kernels(x.device, x.dtype):
         return None
     # Imported where there is a GPU: other machines may lack Triton.
     from services.worker.engine.kernels import matvec

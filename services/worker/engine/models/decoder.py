@@ -18,6 +18,7 @@ from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Layer, Placement
+from services.worker.engine.layers.products import has_few_token_kernels
 from services.worker.engine.layers.rotary import RotaryTable, rotate
 from services.worker.engine.models.config import ModelConfig
 
@@ -205,7 +206,7 @@ class Decoder:
         ]
         self._norm = RmsNorm("model.norm", config.hidden_size, config.norm_eps, placement)
         self._rotary = RotaryTable(config.rope, context_length, placement.device, placement.dtype)
-        self._fuses_products = fused_kernels(placement.device, placement.dtype) is not None
+        self._fuses_products = has_few_token_kernels(placement.device, placement.dtype)
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
