@@ -1,8 +1,8 @@
 """Products of 16-bit activations with FP8 weights, and the quantization that they need, in Triton.
 
-Many tokens are multiplied on the FP8 tensor cores, by activations that are rounded to FP8 with one
-scale a token. Few tokens are bound by reading the weights, so those are widened in registers and
-the activations stay as they are.
+Tokens are multiplied on the FP8 tensor cores, rounded to FP8 with one scale each, where possible
+in the launch that makes them. Few tokens are bound by reading the weights, so those are widened in
+registers and the activations stay as they are.
 
 Shapes: T tokens, I input features, O output features.
 """

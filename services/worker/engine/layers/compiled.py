@@ -99,17 +99,3 @@ def _add_rms_norm(
 def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _norm_rotate(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    num_queries: int,
-    eps: float,
-) -> torch.Tensor:
-    queries = _rms_norm(x[:, :num_queries], query_weight, eps)
-    keys = _rms_norm(x[:, num_queries:], key_weight, eps)
-    return plain_rotate(torch.cat((queries, keys), dim=1), cos, sin)
