@@ -69,6 +69,12 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def set_default_environment(defaults: Mapping[str, str]) -> None:
+    """Set what the environment leaves open, for libraries that read it and for all children."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 def _is_required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 

@@ -13,11 +13,13 @@ import pytest
 
 from services.worker.engine.batch import PromptLogprobRequest, Runner, SlotAssignment, StepPlan
 from services.worker.engine.distributed import group
-from services.worker.engine.distributed.channel import Kind, RankLostError
+from services.worker.engine.distributed.channel import RankLostError
 from services.worker.engine.distributed.plan_codec import decode_plan, encode_plan
+from services.worker.engine.distributed.rendezvous import create_store
 from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.ranks import RankProcesses
+from services.worker.engine.runner.watch import RankWatch
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.fakes.engines import PAGE_SIZE, open_driver, open_runner
 from tests.fakes.step_driver import GREEDY, StepDriver
@@ -118,9 +120,13 @@ def test_a_hanging_rank_is_an_error_after_a_collectives_timeout(
 
 def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
     ranks = RankProcesses(2)
-    ranks.start(EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu"), 1)
+    store, address = create_store(2)
+    options = EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu", tp_size=2)
+    ranks.start(options, store, address)
+    watch = RankWatch(ranks.channels, ends_process=False)
     with pytest.raises(RankLostError, match="rank 1 failed: no config.json in"):
-        ranks.expect(Kind.LOADED)
+        watch.wait_until_loaded()
+    watch.close()
     ranks.close()
 
 

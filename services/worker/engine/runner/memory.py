@@ -13,7 +13,7 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def pool_budget_bytes(device: torch.device, fraction: float, tp_size: int) -> int:
+def pool_budget_bytes(device: torch.device, fraction: float, ranks_per_node: int) -> int:
     """Bytes for one rank's pool, once its weights are loaded.
 
     On a GPU: `fraction` of its memory less what is used by now. On CPUs: `fraction` of what is
@@ -22,7 +22,7 @@ def pool_budget_bytes(device: torch.device, fraction: float, tp_size: int) -> in
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(total * fraction) - (total - free)
-    return min(int(_available_host_bytes() * fraction), MAX_CPU_POOL_BYTES) // tp_size
+    return min(int(_available_host_bytes() * fraction), MAX_CPU_POOL_BYTES) // ranks_per_node
 
 
 def _available_host_bytes() -> int:

@@ -78,13 +78,13 @@ def check_tp_size(tp_size: int, config: ModelConfig) -> None:
         )
 
 
-def decide_num_threads(weight_bytes: int, num_threads: int, tp_size: int) -> int:
-    """Threads of one rank on a CPU, of the `num_threads` that torch has for all.
+def decide_num_threads(weight_bytes: int, num_threads: int, ranks_per_node: int) -> int:
+    """Threads of one rank on a CPU, of the `num_threads` that torch has for all of this host.
 
     A step reads all weights once; below some share a thread, handing work out costs more than it
     saves, most of all when other processes want the cores.
     """
-    return max(1, min(num_threads // tp_size, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
+    return max(1, min(num_threads // ranks_per_node, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
 def decide_attention_backend(
@@ -191,7 +191,9 @@ def load_model(
     placement = Placement(device, dtype, group)
     model = Decoder(config, decide_context_length(options, config), placement)
     if device.type == "cpu":
-        threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
+        threads = decide_num_threads(
+            placement.num_bytes, torch.get_num_threads(), options.ranks_per_node
+        )
         torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)

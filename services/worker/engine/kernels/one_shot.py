@@ -1,0 +1,144 @@
+"""All-reduce of small messages in one kernel: every rank writes its tensor to all others and sums.
+
+One trip over the link instead of NCCL's several; each rank sends (size - 1) times the message, so
+it is for messages whose time is the trip's and not the transfer's. The kernel is divided into
+blocks of consecutive elements, and each block is a protocol of its own with its twins on the other
+ranks: write the elements to every peer, raise the flag there, wait for the peers' flags, add up.
+
+A rank's memory, by block: `_EPOCHS_BYTES` of the number of times that the block ran, a flag from
+every rank, and twice a place for every rank's elements, used in turn. Twice suffices: a peer
+writes a place again two turns later, for which it must have seen this rank's flag of the turn
+between, which this rank raises only after it has read.
+
+Sums are taken in float32 in the order of ranks, so all ranks have the same bits.
+
+(After the one-shot kernels of NVIDIA's FasterTransformer and TensorRT-LLM, custom all-reduce.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of a block; threads handle 16 bytes of 16-bit types each.
+_BLOCK = 1024
+_NUM_WARPS = 4
+# 1 MiB of 16-bit values is 512 blocks; an epoch is an int32.
+_MAX_ELEMENTS = 512 * 1024
+_NUM_BLOCKS = _MAX_ELEMENTS // _BLOCK
+_EPOCHS_BYTES = 4 * _NUM_BLOCKS
+_MAX_ELEMENT_BYTES = 4
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes that a rank sends to all others together, above which NCCL is faster.
+_MAX_SENT_BYTES = 1024 * 1024
+
+
+def memory_bytes(size: int) -> int:
+    """What each rank of `size` must make writable for the others, zeroed."""
+    return _places_offset(size) + 2 * size * _MAX_ELEMENTS * _MAX_ELEMENT_BYTES
+
+
+def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' tensors as the kernel rounds it."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor in tensors:
+        total += tensor.float()
+    return total.to(tensors[0].dtype)
+
+
+class OneShotAllReduce:
+    """All-reduce over memory that the ranks write for each other.
+
+    `addresses` are of each rank's `memory_bytes`, by rank. Every rank must make the same calls in
+    the same order, of which CUDA graphs may be made.
+    """
+
+    def __init__(self, addresses: list[int], rank: int) -> None:
+        self._rank = rank
+        self._size = len(addresses)
+        self._max_bytes = _MAX_SENT_BYTES // (self._size - 1)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cuda")
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether a message is small enough, by its size and type alone."""
+        return (
+            tensor.dtype in _DTYPES
+            and tensor.nbytes <= self._max_bytes
+            and tensor.numel() <= _MAX_ELEMENTS
+        )
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place; contiguous, and one that `takes` is true for."""
+        assert tensor.is_contiguous(), "blocks are of consecutive elements"
+        num_elements = tensor.numel()
+        if num_elements:
+            _all_reduce_kernel[(triton.cdiv(num_elements, _BLOCK),)](
+                tensor,
+                self._addresses,
+                num_elements,
+                RANK=self._rank,
+                SIZE=self._size,
+                BLOCK=_BLOCK,
+                NUM_BLOCKS=_NUM_BLOCKS,
+                PLACES=_places_offset(self._size),
+                MAX_ELEMENTS=_MAX_ELEMENTS,
+                num_warps=_NUM_WARPS,
+            )
+        return tensor
+
+
+def _places_offset(size: int) -> int:
+    return _EPOCHS_BYTES + size * _EPOCHS_BYTES
+
+
+@triton.jit
+def _all_reduce_kernel(
+    x,
+    addresses,
+    num_elements,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLACES: tl.constexpr,
+    MAX_ELEMENTS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < num_elements
+    own = tl.load(addresses + RANK)
+    epochs = own.to(tl.pointer_type(tl.int32))
+    epoch = tl.load(epochs + block) + 1
+    turn = epoch & 1
+    value = tl.load(x + offsets, inside)
+
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            places = (tl.load(addresses + peer) + PLACES).to(tl.pointer_type(x.dtype.element_ty))
+            tl.store(places + (turn * SIZE + RANK) * MAX_ELEMENTS + offsets, value, inside)
+    # All threads have written before one of them raises the flags, and with them what all wrote.
+    tl.debug_barrier()
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            flags = tl.load(addresses + peer).to(tl.pointer_type(tl.int32)) + NUM_BLOCKS
+            tl.atomic_xchg(flags + RANK * NUM_BLOCKS + block, epoch, sem="release", scope="sys")
+    own_flags = epochs + NUM_BLOCKS
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            # A peer may be a turn ahead, so its flag may show more.
+            flag = own_flags + peer * NUM_BLOCKS + block
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+    tl.debug_barrier()
+
+    own_places = (own + PLACES).to(tl.pointer_type(x.dtype.element_ty))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for peer in tl.static_range(SIZE):
+        if peer == RANK:
+            total += value.to(tl.float32)
+        else:
+            place = own_places + (turn * SIZE + peer) * MAX_ELEMENTS + offsets
+            total += tl.load(place, inside, cache_modifier=".cg").to(tl.float32)
+    tl.store(x + offsets, total.to(x.dtype.element_ty), inside)
+    tl.store(epochs + block, epoch)
