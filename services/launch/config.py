@@ -57,6 +57,9 @@ class ServeConfig:
     enable_p2p_check: bool = False
     """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
 
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
     base_gpu_id: int = 0
     """First GPU to take; each replica takes the `tp` GPUs after those of the one before."""
 

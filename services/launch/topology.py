@@ -148,6 +148,7 @@ def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ..
     switches = {
         "--disable-cuda-graph": config.disable_cuda_graph,
         "--enable-p2p-check": config.enable_p2p_check,
+        "--disable-custom-all-reduce": config.disable_custom_all_reduce,
     }
     chosen = (flag for flag, is_on in switches.items() if is_on)
     return (*_model_arguments(config), *(str(part) for part in given), *chosen)

@@ -64,6 +64,9 @@ class WorkerConfig:
     enable_p2p_check: bool = False
     """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
 
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
     base_gpu_id: int = 0
     """First GPU that this worker takes."""
 
@@ -187,5 +190,6 @@ class WorkerConfig:
             node_rank=self.node_rank,
             nccl_init_addr=self.nccl_init_addr,
             enable_p2p_check=self.enable_p2p_check,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
             base_gpu_id=self.base_gpu_id,
         )

@@ -40,6 +40,8 @@ class EngineOptions:
     """"host:port" where rank 0 is met; None picks a port of this host."""
     enable_p2p_check: bool = False
     """Verify direct writes between GPUs at start, rather than trust the driver."""
+    disable_custom_all_reduce: bool = False
+    """Leave small messages to NCCL, too."""
     base_gpu_id: int = 0
     """GPU of this node's first rank; the others take the next ones."""
 

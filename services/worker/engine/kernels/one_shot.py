@@ -8,7 +8,8 @@ ranks: write the elements to every peer, raise the flag there, wait for the peer
 A rank's memory, by block: `_EPOCHS_BYTES` of the number of times that the block ran, a flag from
 every rank, and twice a place for every rank's elements, used in turn. Twice suffices: a peer
 writes a place again two turns later, for which it must have seen this rank's flag of the turn
-between, which this rank raises only after it has read.
+between, which this rank raises only after it has read. A block's places are its own whatever the
+type of its elements: they are as far apart as those of the largest type.
 
 Sums are taken in float32 in the order of ranks, so all ranks have the same bits.
 
@@ -24,14 +25,14 @@ import triton.language as tl
 # Elements of a block; threads handle 16 bytes of 16-bit types each.
 _BLOCK = 1024
 _NUM_WARPS = 4
-# 1 MiB of 16-bit values is 512 blocks; an epoch is an int32.
-_MAX_ELEMENTS = 512 * 1024
+# A block's number of times is an int32.
+_MAX_ELEMENTS = 2 * 1024 * 1024
 _NUM_BLOCKS = _MAX_ELEMENTS // _BLOCK
 _EPOCHS_BYTES = 4 * _NUM_BLOCKS
 _MAX_ELEMENT_BYTES = 4
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Bytes that a rank sends to all others together, above which NCCL is faster.
-_MAX_SENT_BYTES = 1024 * 1024
+_MAX_SENT_BYTES = 4 * 1024 * 1024
 
 
 def memory_bytes(size: int) -> int:
@@ -82,7 +83,8 @@ class OneShotAllReduce:
                 BLOCK=_BLOCK,
                 NUM_BLOCKS=_NUM_BLOCKS,
                 PLACES=_places_offset(self._size),
-                MAX_ELEMENTS=_MAX_ELEMENTS,
+                PLACE_BYTES=_MAX_ELEMENTS * _MAX_ELEMENT_BYTES,
+                BLOCK_BYTES=_BLOCK * _MAX_ELEMENT_BYTES,
                 num_warps=_NUM_WARPS,
             )
         return tensor
@@ -102,10 +104,12 @@ def _all_reduce_kernel(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     PLACES: tl.constexpr,
-    MAX_ELEMENTS: tl.constexpr,
+    PLACE_BYTES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ):
     block = tl.program_id(0)
-    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    element = tl.arange(0, BLOCK)
+    offsets = block * BLOCK + element
     inside = offsets < num_elements
     own = tl.load(addresses + RANK)
     epochs = own.to(tl.pointer_type(tl.int32))
@@ -113,10 +117,12 @@ def _all_reduce_kernel(
     turn = epoch & 1
     value = tl.load(x + offsets, inside)
 
+    places = PLACES + turn * (SIZE * PLACE_BYTES) + block * BLOCK_BYTES
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            places = (tl.load(addresses + peer) + PLACES).to(tl.pointer_type(x.dtype.element_ty))
-            tl.store(places + (turn * SIZE + RANK) * MAX_ELEMENTS + offsets, value, inside)
+            address = tl.load(addresses + peer) + places + RANK * PLACE_BYTES
+            place = tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
+            tl.store(place + element, value, inside)
     # All threads have written before one of them raises the flags, and with them what all wrote.
     tl.debug_barrier()
     for peer in tl.static_range(SIZE):
@@ -132,13 +138,13 @@ def _all_reduce_kernel(
                 pass
     tl.debug_barrier()
 
-    own_places = (own + PLACES).to(tl.pointer_type(x.dtype.element_ty))
     total = tl.zeros((BLOCK,), tl.float32)
     for peer in tl.static_range(SIZE):
         if peer == RANK:
             total += value.to(tl.float32)
         else:
-            place = own_places + (turn * SIZE + peer) * MAX_ELEMENTS + offsets
-            total += tl.load(place, inside, cache_modifier=".cg").to(tl.float32)
+            address = own + places + peer * PLACE_BYTES
+            place = tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
+            total += tl.load(place + element, inside, cache_modifier=".cg").to(tl.float32)
     tl.store(x + offsets, total.to(x.dtype.element_ty), inside)
     tl.store(epochs + block, epoch)

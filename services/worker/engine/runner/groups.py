@@ -43,7 +43,7 @@ def make_group(
     if device.type == "cpu":
         return GlooGroup(store, rank, size, own_address(address))
     group = NcclGroup(store, Communicator(store, rank, size))
-    if options.nnodes == 1:
+    if options.nnodes == 1 and not options.disable_custom_all_reduce:
         _add_one_shot(group, store, options, rank)
     return group
 
