@@ -21,7 +21,7 @@ from services.worker.engine.distributed.peer_memory import PeerMemory
 from services.worker.engine.distributed.rendezvous import create_store, join_store
 from services.worker.engine.kernels.one_shot import OneShotAllReduce, memory_bytes, reference
 
-_SIZES = (4096, 8192, 32768, 131072, 262144, 524288, 1048576, 2097152, 4194304)
+_SIZES = tuple(1 << power for power in range(12, 27))
 _CALLS = 65
 _REPLAYS = 20
 
@@ -51,9 +51,10 @@ def measure(rank: int, size: int, store: object) -> dict[str, object]:
     """Figures by message size in bytes of bfloat16."""
     torch.cuda.set_device(rank)
     communicator = Communicator(store, rank, size)  # type: ignore[arg-type]
-    memory = PeerMemory(store, rank, list(range(size)), memory_bytes(size), checked=True)  # type: ignore[arg-type]
+    most = max(_SIZES) * (size - 1)
+    memory = PeerMemory(store, rank, list(range(size)), memory_bytes(size, most), checked=True)  # type: ignore[arg-type]
     nccl = NcclGroup(store, communicator)  # type: ignore[arg-type]
-    one_shot = OneShotAllReduce(memory.addresses, rank)
+    one_shot = OneShotAllReduce(memory.addresses, rank, most)
     figures: dict[str, object] = {}
     for num_bytes in _SIZES:
         generators = [torch.Generator("cuda").manual_seed(each) for each in range(size)]
@@ -63,10 +64,9 @@ def measure(rank: int, size: int, store: object) -> dict[str, object]:
         ]
         expected = reference(tensors)
         line: dict[str, object] = {"nccl": _time(nccl, tensors[rank])}
-        if one_shot.takes(tensors[rank]):
-            summed = one_shot.all_reduce(tensors[rank].clone())
-            line["equal"] = bool(torch.equal(summed, expected))
-            line["one_shot"] = _time(one_shot, tensors[rank])
+        summed = one_shot.all_reduce(tensors[rank].clone())
+        line["equal"] = bool(torch.equal(summed, expected))
+        line["one_shot"] = _time(one_shot, tensors[rank])
         figures[str(num_bytes)] = line
     torch.cuda.synchronize()
     communicator.abort()

@@ -5,10 +5,10 @@ it is for messages whose time is the trip's and not the transfer's. The kernel i
 blocks of consecutive elements, and each block is a protocol of its own with its twins on the other
 ranks: write the elements to every peer, raise the flag there, wait for the peers' flags, add up.
 
-A rank's memory, by block: `_EPOCHS_BYTES` of the number of times that the block ran, a flag from
-every rank, and twice a place for every rank's elements, used in turn. Twice suffices: a peer
-writes a place again two turns later, for which it must have seen this rank's flag of the turn
-between, which this rank raises only after it has read. A block's places are its own whatever the
+A rank's memory, by block: the number of times that the block ran, a flag from every rank, and
+twice a place for every rank's elements, used in turn. Twice suffices: a peer writes a place again
+two turns later, for which it must have seen this rank's flag of the turn between, which this rank
+raises only after it has read. A block's places are its own whatever the
 type of its elements: they are as far apart as those of the largest type.
 
 Sums are taken in float32 in the order of ranks, so all ranks have the same bits.
@@ -25,19 +25,19 @@ import triton.language as tl
 # Elements of a block; threads handle 16 bytes of 16-bit types each.
 _BLOCK = 1024
 _NUM_WARPS = 4
-# A block's number of times is an int32.
-_MAX_ELEMENTS = 2 * 1024 * 1024
-_NUM_BLOCKS = _MAX_ELEMENTS // _BLOCK
-_EPOCHS_BYTES = 4 * _NUM_BLOCKS
-_MAX_ELEMENT_BYTES = 4
+_INT_BYTES = 4
+_MIN_ELEMENT_BYTES = 2
+# Between the places of two blocks, whatever the type.
+_BLOCK_BYTES = 4 * _BLOCK
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Bytes that a rank sends to all others together, above which NCCL is faster.
-_MAX_SENT_BYTES = 4 * 1024 * 1024
+# Bytes that a rank sends to all others together, above which NCCL takes over.
+MAX_SENT_BYTES = 4 * 1024 * 1024
 
 
-def memory_bytes(size: int) -> int:
+def memory_bytes(size: int, max_sent_bytes: int = MAX_SENT_BYTES) -> int:
     """What each rank of `size` must make writable for the others, zeroed."""
-    return _places_offset(size) + 2 * size * _MAX_ELEMENTS * _MAX_ELEMENT_BYTES
+    num_blocks = _num_blocks(size, max_sent_bytes)
+    return (1 + size) * num_blocks * _INT_BYTES + 2 * size * num_blocks * _BLOCK_BYTES
 
 
 def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -55,19 +55,18 @@ class OneShotAllReduce:
     the same order, of which CUDA graphs may be made.
     """
 
-    def __init__(self, addresses: list[int], rank: int) -> None:
+    def __init__(
+        self, addresses: list[int], rank: int, max_sent_bytes: int = MAX_SENT_BYTES
+    ) -> None:
         self._rank = rank
         self._size = len(addresses)
-        self._max_bytes = _MAX_SENT_BYTES // (self._size - 1)
+        self._num_blocks = _num_blocks(self._size, max_sent_bytes)
+        self._max_bytes = max_sent_bytes // (self._size - 1)
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cuda")
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether a message is small enough, by its size and type alone."""
-        return (
-            tensor.dtype in _DTYPES
-            and tensor.nbytes <= self._max_bytes
-            and tensor.numel() <= _MAX_ELEMENTS
-        )
+        return tensor.dtype in _DTYPES and tensor.nbytes <= self._max_bytes
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; contiguous, and one that `takes` is true for."""
@@ -81,17 +80,17 @@ class OneShotAllReduce:
                 RANK=self._rank,
                 SIZE=self._size,
                 BLOCK=_BLOCK,
-                NUM_BLOCKS=_NUM_BLOCKS,
-                PLACES=_places_offset(self._size),
-                PLACE_BYTES=_MAX_ELEMENTS * _MAX_ELEMENT_BYTES,
-                BLOCK_BYTES=_BLOCK * _MAX_ELEMENT_BYTES,
+                BLOCK_BYTES=_BLOCK_BYTES,
+                NUM_BLOCKS=self._num_blocks,
                 num_warps=_NUM_WARPS,
             )
         return tensor
 
 
-def _places_offset(size: int) -> int:
-    return _EPOCHS_BYTES + size * _EPOCHS_BYTES
+def _num_blocks(size: int, max_sent_bytes: int) -> int:
+    """Of the message with the most elements; a multiple of 4, so that places are aligned."""
+    block_bytes = _BLOCK * _MIN_ELEMENT_BYTES
+    return -(-max_sent_bytes // ((size - 1) * block_bytes * 4)) * 4
 
 
 @triton.jit
@@ -102,11 +101,12 @@ def _all_reduce_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    PLACES: tl.constexpr,
-    PLACE_BYTES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
 ):
+    # From the start of a rank's memory: epochs, flags, then places by turn, rank and block.
+    PLACES: tl.constexpr = (1 + SIZE) * NUM_BLOCKS * 4
+    PLACE_BYTES: tl.constexpr = NUM_BLOCKS * BLOCK_BYTES
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)
     offsets = block * BLOCK + element
@@ -117,7 +117,7 @@ def _all_reduce_kernel(
     turn = epoch & 1
     value = tl.load(x + offsets, inside)
 
-    places = PLACES + turn * (SIZE * PLACE_BYTES) + block * BLOCK_BYTES
+    places = PLACES + turn.to(tl.int64) * (SIZE * PLACE_BYTES) + block * BLOCK_BYTES
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             address = tl.load(addresses + peer) + places + RANK * PLACE_BYTES
