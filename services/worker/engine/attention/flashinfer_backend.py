@@ -1,7 +1,8 @@
 """Attention by FlashInfer's paged kernels (Ye et al., arXiv 2501.01005), for CUDA devices.
 
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
-the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
+the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Decode
+rows that share long prefixes take two passes and a merge, which no graph captures. Layers
 with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
@@ -22,6 +23,9 @@ import torch
 from flashinfer.decode import fast_decode_plan
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
+from services.worker.engine.attention.flashinfer_decode import CascadeCalls, DecodeCalls
+from services.worker.engine.attention.page_lists import PageLists, indptr_of, page_lists
+from services.worker.engine.attention.sharing import PrefixFinder
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.attention.upload import upload_into
 from services.worker.engine.batch import Int32Array
@@ -34,23 +38,12 @@ _INT_WORKSPACE_BYTES = 8 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
-class _PageLists:
-    """The visible pages of some rows, in FlashInfer's terms; on the host."""
-
-    # [S + 1] first entry of each row in `indices`.
-    indptr: torch.Tensor
-    # Page ids, row after row.
-    indices: Int32Array
-    # [S] tokens on each row's last page.
-    last_page_len: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
-    """A range of the step's tokens that one planned wrapper computes."""
+    """A range of the step's tokens that one planned call computes."""
 
     tokens: slice
-    wrapper: Any
+    # A wrapper or a PlannedCascade.
+    call: Any
 
 
 class FlashInferAttention:
@@ -70,12 +63,12 @@ class FlashInferAttention:
         self._float_workspace = torch.zeros(
             _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
         )
-        self._decode = [
-            flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._float_workspace, "NHD", use_tensor_cores=True
-            )
-            for _ in range(_STEPS_IN_FLIGHT)
-        ]
+        self._decode = DecodeCalls(self._float_workspace, self._shape_arguments())
+        self._cascade = CascadeCalls(self._float_workspace, self._decode, self._shape_arguments())
+        self._prefixes = PrefixFinder(
+            page_size=pool.page_size,
+            token_bytes=2 * self._num_kv_heads * self._head_dim * self._dtype.itemsize,
+        )
         self._prefill = [
             flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD")
             for _ in range(_STEPS_IN_FLIGHT)
@@ -94,20 +87,12 @@ class FlashInferAttention:
         # prefill of one token.
         num_single = int(several[0]) if several.size else len(inputs.slots)
         if num_single:
-            wrapper = self._decode[self._turn]
-            pages = self._page_lists(inputs, slice(0, num_single))
-            wrapper.plan(
-                pages.indptr,
-                self._on_device(pages.indices),
-                pages.last_page_len,
-                **self._shape_arguments(),
-            )
-            self._parts.append(_Part(slice(0, num_single), wrapper))
+            self._parts.append(_Part(slice(0, num_single), self._plan_decode(inputs, num_single)))
         if num_single < len(inputs.slots):
             rows = slice(num_single, len(inputs.slots))
             wrapper = self._prefill[self._turn]
-            pages = self._page_lists(inputs, rows)
-            first_tokens = _indptr(inputs.num_tokens[rows])
+            pages = page_lists(inputs, rows, self._pool.page_size)
+            first_tokens = indptr_of(inputs.num_tokens[rows])
             wrapper.plan(
                 first_tokens,
                 pages.indptr,
@@ -124,9 +109,14 @@ class FlashInferAttention:
             tokens = slice(num_single, num_single + int(first_tokens[-1]))
             self._parts.append(_Part(tokens, wrapper))
 
+    def wants_eager(
+        self, slots: Int32Array, start_positions: Int32Array, host_page_table: Int32Array
+    ) -> bool:
+        return self._prefixes.find(slots, start_positions, host_page_table) is not None
+
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
-        pages = self._page_lists(inputs, slice(0, len(inputs.slots)))
+        pages = page_lists(inputs, slice(0, len(inputs.slots)), self._pool.page_size)
         wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
 
@@ -148,7 +138,7 @@ class FlashInferAttention:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for part in self._parts:
-            part.wrapper.run(q[part.tokens], (keys, values), out=out[part.tokens])
+            part.call.run(q[part.tokens], (keys, values), out=out[part.tokens])
         if len(q) > num_tokens:
             out[num_tokens:] = 0
         return out
@@ -159,17 +149,14 @@ class FlashInferAttention:
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
 
-    def _page_lists(self, inputs: AttentionInputs, rows: slice) -> _PageLists:
-        page_size = self._pool.page_size
-        ends = inputs.start_positions[rows] + inputs.num_tokens[rows]
-        num_pages = (ends + (page_size - 1)) // page_size
-        width = int(num_pages.max())
-        pages = inputs.host_page_table[inputs.slots[rows], :width]
-        return _PageLists(
-            _indptr(num_pages),
-            pages[np.arange(width) < num_pages[:, None]],
-            torch.from_numpy(ends - (num_pages - 1) * page_size),
+    def _plan_decode(self, inputs: AttentionInputs, num_rows: int) -> Any:
+        rows = slice(0, num_rows)
+        groups = self._prefixes.find(
+            inputs.slots[rows], inputs.start_positions[rows], inputs.host_page_table
         )
+        if groups is not None:
+            return self._cascade.plan(inputs, num_rows, groups)
+        return self._decode.plan(page_lists(inputs, rows, self._pool.page_size))
 
     def _on_device(self, indices: Int32Array) -> torch.Tensor:
         pinned = torch.from_numpy(indices).pin_memory()
@@ -208,7 +195,7 @@ class _CapturedDecode:
         ]
         self._wrappers: dict[int, Any] = {}
 
-    def plan(self, pages: _PageLists, turn: int, **shape: Any) -> Any:
+    def plan(self, pages: PageLists, turn: int, **shape: Any) -> Any:
         """The wrapper for as many rows, ready to run."""
         num_rows = len(pages.last_page_len)
         last_start, indices_start = self._max_rows + 1, 2 * self._max_rows + 1
@@ -254,10 +241,3 @@ def can_run(layer: AttentionLayer, head_dim: int) -> bool:
         and layer.soft_cap is None
         and math.isclose(layer.scale, head_dim**-0.5)
     )
-
-
-def _indptr(lengths: Int32Array) -> torch.Tensor:
-    """[S] -> [S + 1] int32: where each row starts, and the end of the last."""
-    starts = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    return torch.from_numpy(starts)
