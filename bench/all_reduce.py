@@ -54,7 +54,7 @@ def measure(rank: int, size: int, store: object) -> dict[str, object]:
     most = max(_SIZES) * (size - 1)
     memory = PeerMemory(store, rank, list(range(size)), memory_bytes(size, most), checked=True)  # type: ignore[arg-type]
     nccl = NcclGroup(store, communicator)  # type: ignore[arg-type]
-    one_shot = OneShotAllReduce(memory.addresses, rank, most)
+    one_shot = OneShotAllReduce(memory.addresses, rank, torch.bfloat16, most)
     figures: dict[str, object] = {}
     for num_bytes in _SIZES:
         generators = [torch.Generator("cuda").manual_seed(each) for each in range(size)]

@@ -8,8 +8,7 @@ ranks: write the elements to every peer, raise the flag there, wait for the peer
 A rank's memory, by block: the number of times that the block ran, a flag from every rank, and
 twice a place for every rank's elements, used in turn. Twice suffices: a peer writes a place again
 two turns later, for which it must have seen this rank's flag of the turn between, which this rank
-raises only after it has read. A block's places are its own whatever the
-type of its elements: they are as far apart as those of the largest type.
+raises only after it has read. All messages are of one type, so that a block's places are its own.
 
 Sums are taken in float32 in the order of ranks, so all ranks have the same bits.
 
@@ -26,18 +25,18 @@ import triton.language as tl
 _BLOCK = 1024
 _NUM_WARPS = 4
 _INT_BYTES = 4
-_MIN_ELEMENT_BYTES = 2
-# Between the places of two blocks, whatever the type.
-_BLOCK_BYTES = 4 * _BLOCK
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Bytes that a rank sends to all others together, above which NCCL takes over.
-MAX_SENT_BYTES = 4 * 1024 * 1024
+# Bytes that a rank sends to all others together, above which NCCL takes over. Two H200s gain by
+# the kernel far beyond that, but its memory grows with the limit; this holds every message that
+# is captured in a graph (1,024 tokens) of two ranks with 8,192 features.
+MAX_SENT_BYTES = 16 * 1024 * 1024
 
 
 def memory_bytes(size: int, max_sent_bytes: int = MAX_SENT_BYTES) -> int:
     """What each rank of `size` must make writable for the others, zeroed."""
-    num_blocks = _num_blocks(size, max_sent_bytes)
-    return (1 + size) * num_blocks * _INT_BYTES + 2 * size * num_blocks * _BLOCK_BYTES
+    # Of the type with the most blocks.
+    num_blocks = _num_blocks(size, torch.float16, max_sent_bytes)
+    places = 2 * size * num_blocks * _BLOCK * torch.float16.itemsize
+    return (1 + size) * num_blocks * _INT_BYTES + places
 
 
 def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -51,22 +50,27 @@ def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
 class OneShotAllReduce:
     """All-reduce over memory that the ranks write for each other.
 
-    `addresses` are of each rank's `memory_bytes`, by rank. Every rank must make the same calls in
-    the same order, of which CUDA graphs may be made.
+    `addresses` are of each rank's `memory_bytes`, by rank; messages are of `dtype`. Every rank
+    must make the same calls in the same order, of which CUDA graphs may be made.
     """
 
     def __init__(
-        self, addresses: list[int], rank: int, max_sent_bytes: int = MAX_SENT_BYTES
+        self,
+        addresses: list[int],
+        rank: int,
+        dtype: torch.dtype,
+        max_sent_bytes: int = MAX_SENT_BYTES,
     ) -> None:
         self._rank = rank
         self._size = len(addresses)
-        self._num_blocks = _num_blocks(self._size, max_sent_bytes)
+        self._dtype = dtype
+        self._num_blocks = _num_blocks(self._size, dtype, max_sent_bytes)
         self._max_bytes = max_sent_bytes // (self._size - 1)
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cuda")
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether a message is small enough, by its size and type alone."""
-        return tensor.dtype in _DTYPES and tensor.nbytes <= self._max_bytes
+        return tensor.dtype == self._dtype and tensor.nbytes <= self._max_bytes
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; contiguous, and one that `takes` is true for."""
@@ -80,17 +84,16 @@ class OneShotAllReduce:
                 RANK=self._rank,
                 SIZE=self._size,
                 BLOCK=_BLOCK,
-                BLOCK_BYTES=_BLOCK_BYTES,
+                BLOCK_BYTES=_BLOCK * self._dtype.itemsize,
                 NUM_BLOCKS=self._num_blocks,
                 num_warps=_NUM_WARPS,
             )
         return tensor
 
 
-def _num_blocks(size: int, max_sent_bytes: int) -> int:
-    """Of the message with the most elements; a multiple of 4, so that places are aligned."""
-    block_bytes = _BLOCK * _MIN_ELEMENT_BYTES
-    return -(-max_sent_bytes // ((size - 1) * block_bytes * 4)) * 4
+def _num_blocks(size: int, dtype: torch.dtype, max_sent_bytes: int) -> int:
+    """Of the largest message; a multiple of 4, so that places are aligned."""
+    return -(-max_sent_bytes // ((size - 1) * _BLOCK * dtype.itemsize * 4)) * 4
 
 
 @triton.jit

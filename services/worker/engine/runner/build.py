@@ -25,6 +25,7 @@ from services.worker.engine.runner.ranks import LeadingRunner, RankProcesses
 from services.worker.engine.runner.setup import (
     check_tp_size,
     decide_device,
+    decide_dtype,
     decide_plan,
     load_model,
     make_runner,
@@ -94,7 +95,8 @@ def _build_ranked(
         ranks.start(options, store, address)
         watch = RankWatch(ranks.channels, ends_process=device.type == "cuda")
         with watch.calling():
-            group = make_group(options, device, store, address, rank=0)
+            dtype = getattr(torch, decide_dtype(options, config, device))
+            group = make_group(options, device, dtype, store, address, rank=0)
         model = load_model(
             options,
             config,

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 import msgspec
+import torch
 
 from services.common.logs import configure_logging
 from services.common.nodes import HostPort, parse_host_port
@@ -30,7 +31,7 @@ from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.groups import make_group, take_gpu
 from services.worker.engine.runner.memory import pool_budget_bytes
 from services.worker.engine.runner.model_runner import ModelRunner
-from services.worker.engine.runner.setup import decide_device, load_model, make_runner
+from services.worker.engine.runner.setup import decide_device, decide_dtype, load_model, make_runner
 from services.worker.engine.runner.watch import LeaderWatch
 from services.worker.engine.spec import (
     FollowerSpec,
@@ -111,7 +112,9 @@ def _serve(channel: Channel, spec: FollowerSpec, start: RankStart, options: Engi
     device = decide_device(options)
     take_gpu(options, device, spec.rank)
     address = HostPort(start.host, start.port)
-    group = make_group(options, device, join_store(address, start.size), address, spec.rank)
+    store = join_store(address, start.size)
+    dtype = getattr(torch, decide_dtype(options, config, device))
+    group = make_group(options, device, dtype, store, address, spec.rank)
     model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
     budget = pool_budget_bytes(device, options.mem_fraction_static, options.ranks_per_node)
     channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget)))

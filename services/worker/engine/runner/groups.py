@@ -36,19 +36,29 @@ def take_gpu(options: EngineOptions, device: torch.device, rank: int) -> None:
 
 
 def make_group(
-    options: EngineOptions, device: torch.device, store: Store, address: HostPort, rank: int
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    store: Store,
+    address: HostPort,
+    rank: int,
 ) -> TpGroup:
-    """This rank's group of `tp_size`; waits for the other ranks. `address` is rank 0's."""
+    """This rank's group of `tp_size`; waits for the other ranks. `address` is rank 0's.
+
+    `dtype` is the activations'.
+    """
     size = options.tp_size
     if device.type == "cpu":
         return GlooGroup(store, rank, size, own_address(address))
     group = NcclGroup(store, Communicator(store, rank, size))
     if options.nnodes == 1 and not options.disable_custom_all_reduce:
-        _add_one_shot(group, store, options, rank)
+        _add_one_shot(group, store, options, dtype, rank)
     return group
 
 
-def _add_one_shot(group: NcclGroup, store: Store, options: EngineOptions, rank: int) -> None:
+def _add_one_shot(
+    group: NcclGroup, store: Store, options: EngineOptions, dtype: torch.dtype, rank: int
+) -> None:
     """All ranks decide alike: each of them knows whether one of them cannot."""
     # Imported where there is a GPU: other machines may lack Triton.
     from services.worker.engine.kernels.one_shot import OneShotAllReduce, memory_bytes
@@ -62,7 +72,7 @@ def _add_one_shot(group: NcclGroup, store: Store, options: EngineOptions, rank: 
     except PeerMemoryError as error:
         logger.warning("event=one_shot_all_reduce_off reason=%s", error)
         return
-    group.reduce_small_with(OneShotAllReduce(memory.addresses, rank))
+    group.reduce_small_with(OneShotAllReduce(memory.addresses, rank, dtype))
 
 
 def _gpu_id(options: EngineOptions, rank: int) -> int:
