@@ -4,18 +4,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from services.worker.engine.batch import PromptLogprobRequest, Runner, SlotAssignment, StepPlan
 from services.worker.engine.distributed import group
 from services.worker.engine.distributed.channel import RankLostError
 from services.worker.engine.distributed.plan_codec import decode_plan, encode_plan
-from services.worker.engine.distributed.rendezvous import create_store
+from services.worker.engine.distributed.rendezvous import create_store, join_store
+from services.worker.engine.layers.embedding import VocabularyShard, compute_largest
+from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.ranks import RankProcesses
@@ -175,3 +179,34 @@ def test_a_plan_survives_packing() -> None:
     for name in StepPlan.__slots__:
         before, after = getattr(plan, name), getattr(unpacked, name)
         assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after
+
+
+def test_the_largest_of_all_shards_is_the_argmax_of_the_whole() -> None:
+    vocab_size, hidden_size, num_ranks = 11, 8, 4
+    generator = torch.Generator().manual_seed(0)
+    # Small integers, so that sums are exact and equal logits are common.
+    weight = torch.randint(-2, 3, (vocab_size, hidden_size), generator=generator).float()
+    hidden = torch.randint(-2, 3, (64, hidden_size), generator=generator).float()
+    # Rows whose logits are all the same, and rows whose logits are all negative.
+    hidden[:8] = 0
+    weight[:, 0] = 1
+    hidden[8:16, 0] = -100
+    store, address = create_store(num_ranks)
+
+    def on_rank(rank: int) -> torch.Tensor:
+        own = join_store(address, num_ranks)
+        tp_group = group.GlooGroup(own, rank, num_ranks, address.host)
+        placement = Placement(torch.device("cpu"), torch.float32, tp_group)
+        shard = VocabularyShard("head", vocab_size, hidden_size, placement, is_head=True)
+        shard.load("head", weight)
+        found = compute_largest(shard, hidden)
+        tp_group.close()
+        return found
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        results = list(pool.map(on_rank, range(num_ranks)))
+    logits = hidden @ weight.T
+    # The first of equal ones.
+    expected = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert [found.tolist() for found in results] == [expected] * num_ranks
+    del store

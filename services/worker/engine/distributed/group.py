@@ -5,6 +5,8 @@ Ranks of one group hold shards of one model and run the same steps in the same o
 
 from __future__ import annotations
 
+import logging
+import threading
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -14,9 +16,12 @@ from torch.distributed import ProcessGroupGloo
 
 from services.worker.engine.distributed.nccl import Communicator
 
+logger = logging.getLogger(__name__)
+
 # How long a collective waits for a rank that is alive but silent. Ranks enter a collective
 # within a layer's time of each other; one that died is noticed at once, by its closed socket.
 COLLECTIVE_TIMEOUT = timedelta(seconds=20)
+_CLOSE_TIMEOUT_S = 3.0
 
 
 class TpGroup(Protocol):
@@ -137,4 +142,10 @@ class NcclGroup:
         self._communicator.broadcast(tensor)
 
     def close(self) -> None:
-        self._communicator.abort()
+        """CUDA graphs with its collectives must be gone: NCCL waits for them."""
+        # Not for ever, though: the process has to be able to end.
+        leaving = threading.Thread(target=self._communicator.abort, daemon=True)
+        leaving.start()
+        leaving.join(_CLOSE_TIMEOUT_S)
+        if leaving.is_alive():
+            logger.warning("event=nccl_abort_hangs rank=%s", self.rank)

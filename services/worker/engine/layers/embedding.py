@@ -77,7 +77,8 @@ def compute_largest(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tenso
     if num_ids:
         logits = F.linear(hidden, shard.weight)[:, :num_ids].float()
         values, ids = logits.max(-1, keepdim=True)
-        bits = values.view(torch.int32)
+        # Adding zero makes the two zeros one.
+        bits = values.add_(0.0).view(torch.int32)
         ordered = bits ^ ((bits >> 31) & _MAGNITUDE_BITS)
         keys = (ordered.long() << 32) | (_ID_BITS - (ids + shard.first_id))
     return _ID_BITS - (shard.group.all_gather(keys).amax(-1) & _ID_BITS)

@@ -121,7 +121,9 @@ def _serve(channel: Channel, spec: FollowerSpec, start: RankStart, options: Engi
     kind, payload = channel.receive()
     if kind is Kind.READY:
         plan = msgspec.json.decode(payload, type=EnginePlan)
-        _mirror(channel, make_runner(model, plan, group), lambda: _tell_ready(spec))
+        runner = make_runner(model, plan, group)
+        _mirror(channel, runner, lambda: _tell_ready(spec))
+        runner.close()
     watch.close()
     group.close()
 

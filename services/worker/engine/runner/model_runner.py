@@ -246,9 +246,11 @@ class ModelRunner:
         """Nothing here fails without a step."""
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Drop what is in flight and the graphs, which keep the group's collectives in use."""
         self._forwarded.clear()
         self._sampled.clear()
+        self._graphs = None
+        self._pieces = None
 
     def _prompt_logprobs(
         self,
