@@ -91,7 +91,13 @@ class ServeConfig:
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
     attention_backend: str | None = None
-    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+    """`flashinfer`, `triton` or `torch`. Default: the best that can run the model."""
+
+    disable_flashinfer: bool = False
+    """Choose among the other attention backends."""
+
+    attention_reduce_in_fp32: bool = False
+    """Multiply softmax probabilities with values in float32 (backends `triton` and `torch`)."""
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""

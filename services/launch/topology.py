@@ -145,10 +145,12 @@ def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ..
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
     ]
-    switches = {
+    wishes = {
+        "--disable-flashinfer": config.disable_flashinfer,
+        "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
         "--disable-cuda-graph": config.disable_cuda_graph,
         "--enable-p2p-check": config.enable_p2p_check,
         "--disable-custom-all-reduce": config.disable_custom_all_reduce,
     }
-    chosen = (flag for flag, is_on in switches.items() if is_on)
-    return (*_model_arguments(config), *(str(part) for part in given), *chosen)
+    switches = (flag for flag, wished in wishes.items() if wished)
+    return (*_model_arguments(config), *(str(part) for part in given), *switches)

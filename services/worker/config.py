@@ -101,7 +101,13 @@ class WorkerConfig:
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
     attention_backend: str | None = None
-    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+    """`flashinfer`, `triton` or `torch`. Default: the best that can run the model."""
+
+    disable_flashinfer: bool = False
+    """Choose among the other attention backends."""
+
+    attention_reduce_in_fp32: bool = False
+    """Multiply softmax probabilities with values in float32 (backends `triton` and `torch`)."""
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
@@ -177,6 +183,8 @@ class WorkerConfig:
             device=self.device,
             dtype=self.dtype,
             attention_backend=self.attention_backend,
+            disable_flashinfer=self.disable_flashinfer,
+            attention_reduce_in_fp32=self.attention_reduce_in_fp32,
             disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
             page_size=self.page_size,

@@ -145,11 +145,19 @@ def test_two_passes_and_a_merge_equal_one_pass(
 
 def make_backend(rows: Sharing):  # type: ignore[no-untyped-def]
     module = pytest.importorskip("services.worker.engine.attention.flashinfer_backend")
+    triton = pytest.importorskip("services.worker.engine.attention.triton_backend")
     return module.FlashInferAttention(
         rows.pool,
         num_heads=rows.num_heads,
         max_captured_rows=rows.num_rows,
         max_pages=rows.table.shape[1],
+        others=triton.TritonAttention(
+            rows.pool,
+            num_heads=rows.num_heads,
+            max_rows=rows.num_rows,
+            dtype=rows.pool.tensor.dtype,
+        ),
+        has_other_layers=False,
     )
 
 

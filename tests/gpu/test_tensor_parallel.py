@@ -102,14 +102,19 @@ def generate(path: Path, vocab_size: int, **changes: object) -> list[list[int]]:
     return tokens
 
 
+@pytest.mark.parametrize("disable_cuda_graph", [False, True])
 @pytest.mark.parametrize("disable_custom_all_reduce", [False, True])
 def test_two_ranks_give_the_tokens_of_one_in_float32(
-    tmp_path: Path, disable_custom_all_reduce: bool
+    tmp_path: Path, disable_custom_all_reduce: bool, disable_cuda_graph: bool
 ) -> None:
     write_checkpoint(tmp_path, "Qwen3", vocab_size=VOCAB_SIZE + 1)
-    pair = {"tp_size": 2, "disable_custom_all_reduce": disable_custom_all_reduce}
+    pair = {
+        "tp_size": 2,
+        "disable_custom_all_reduce": disable_custom_all_reduce,
+        "disable_cuda_graph": disable_cuda_graph,
+    }
     for path, vocab_size in ((tmp_path, VOCAB_SIZE), (builtin_model_path(), 1000)):
-        alone = generate(path, vocab_size, dtype="float32")
+        alone = generate(path, vocab_size, dtype="float32", attention_backend="torch")
         assert generate(path, vocab_size, dtype="float32", **pair) == alone
 
 

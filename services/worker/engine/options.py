@@ -17,7 +17,11 @@ class EngineOptions:
     dtype: str = "auto"
     """"float32", "bfloat16" or "float16"; "auto" is the checkpoint's on GPUs, float32 on CPUs."""
     attention_backend: str | None = None
-    """"flashinfer" or "torch"; None takes FlashInfer where it can run the model."""
+    """"flashinfer", "triton" or "torch"; None takes, on GPUs, the first that can run the model."""
+    disable_flashinfer: bool = False
+    """Choose among the other attention backends."""
+    attention_reduce_in_fp32: bool = False
+    """Multiply softmax probabilities with values as float32 numbers, not rounded to the type."""
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
     load_format: str = "safetensors"
@@ -65,6 +69,7 @@ class EnginePlan:
     max_running_sequences: int
     max_step_tokens: int
     tp_size: int
+    attention_reduce_in_fp32: bool = False
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""
     piece_graph_sizes: tuple[int, ...] = ()

@@ -61,6 +61,8 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
             device="cpu",
             load_format="dummy",
             attention_backend="torch",
+            disable_flashinfer=True,
+            attention_reduce_in_fp32=True,
             disable_cuda_graph=True,
         )
     )["worker-0"]
@@ -69,6 +71,7 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
     assert (worker.chunked_prefill_size, worker.max_running_requests) == (64, 5)
     assert (worker.dtype, worker.device, worker.load_format) == ("bfloat16", "cpu", "dummy")
     assert (worker.attention_backend, worker.disable_cuda_graph) == ("torch", True)
+    assert (worker.disable_flashinfer, worker.attention_reduce_in_fp32) == (True, True)
 
 
 def test_the_grpc_port_follows_the_http_port() -> None:

@@ -136,7 +136,7 @@ def test_a_configuration_that_is_not_supported_says_why(
     ("changes", "reason"),
     [
         ({"context_length": 257}, "context_length 257 exceeds the model's longest, 256"),
-        ({"attention_backend": "nope"}, "attention_backend 'nope' is unknown; known: torch"),
+        ({"attention_backend": "nope"}, "attention_backend 'nope' is unknown; known: flashinfer"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"device": "tpu"}, "device must be"),
         ({"tp_size": 0}, "tp_size must be >= 1"),

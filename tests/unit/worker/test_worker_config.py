@@ -36,6 +36,7 @@ def test_flags_become_the_engines_options() -> None:
         *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
         *("--attention-backend", "torch", "--disable-cuda-graph"),
+        *("--disable-flashinfer", "--attention-reduce-in-fp32"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -47,6 +48,8 @@ def test_flags_become_the_engines_options() -> None:
         max_running_sequences=7,
         chunked_prefill_size=64,
         attention_backend="torch",
+        disable_flashinfer=True,
+        attention_reduce_in_fp32=True,
         disable_cuda_graph=True,
         mem_fraction_static=0.5,
         num_pages=31,

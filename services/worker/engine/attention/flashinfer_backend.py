@@ -3,7 +3,8 @@
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
 the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Decode
 rows that share long prefixes take two passes and a merge, which no graph captures. Layers
-with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
+with a sliding window, a soft cap or an unusual scale (`can_run` is the rule) are computed by the
+Triton backend, in graphs too; so are all layers of captured steps of few rows, where it is faster.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -26,7 +27,7 @@ from services.worker.engine.attention.backend import AttentionInputs, AttentionL
 from services.worker.engine.attention.flashinfer_decode import CascadeCalls, DecodeCalls
 from services.worker.engine.attention.page_lists import PageLists, indptr_of, page_lists
 from services.worker.engine.attention.sharing import PrefixFinder
-from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.upload import upload_into
 from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.fused import write_kv
@@ -35,6 +36,8 @@ from services.worker.engine.kv.pool import PagePool
 _STEPS_IN_FLIGHT = 2
 _FLOAT_WORKSPACE_BYTES = 256 * 1024**2
 _INT_WORKSPACE_BYTES = 8 * 1024**2
+# Up to so many rows the Triton backend's one launch takes less time than FlashInfer's two.
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,25 @@ class FlashInferAttention:
     """
 
     def __init__(
-        self, pool: PagePool, *, num_heads: int, max_captured_rows: int, max_pages: int
+        self,
+        pool: PagePool,
+        *,
+        num_heads: int,
+        max_captured_rows: int,
+        max_pages: int,
+        others: TritonAttention,
+        has_other_layers: bool,
+        few_rows: int = _FEW_ROWS,
     ) -> None:
+        """`others`, over the same pool, computes the layers that FlashInfer does not take.
+
+        Of captured steps of at most `few_rows` rows, it computes every layer.
+        """
         self._pool = pool
-        self._fallback = TorchAttention(pool)
+        self._others = others
+        self._has_other_layers = has_other_layers
+        self._few_rows = few_rows
+        self._others_take_all = False
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
         device, self._dtype = pool.tensor.device, pool.tensor.dtype
@@ -82,6 +100,8 @@ class FlashInferAttention:
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
+        if self._has_other_layers:
+            self._others.plan(inputs)
         several = np.flatnonzero(inputs.num_tokens > 1)
         # Batches put decode rows first; a row with one token among the others is computed as a
         # prefill of one token.
@@ -116,6 +136,11 @@ class FlashInferAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
+        self._others_take_all = len(inputs.slots) <= self._few_rows
+        if self._others_take_all or self._has_other_layers:
+            self._others.plan_captured(inputs)
+        if self._others_take_all:
+            return
         pages = page_lists(inputs, slice(0, len(inputs.slots)), self._pool.page_size)
         wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
@@ -128,8 +153,8 @@ class FlashInferAttention:
         layer: AttentionLayer,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not can_run(layer, self._head_dim):
-            return self._fallback.run(q, k, v, layer, out)
+        if self._others_take_all or not can_run(layer, self._head_dim):
+            return self._others.run(q, k, v, layer, out)
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
         locations = self._inputs.locations
@@ -145,7 +170,7 @@ class FlashInferAttention:
 
     def _start(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
-        self._fallback.plan(inputs)
+        self._others_take_all = False
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
 
@@ -235,7 +260,7 @@ class _CapturedDecode:
 
 
 def can_run(layer: AttentionLayer, head_dim: int) -> bool:
-    """Whether FlashInfer computes this layer here; the torch backend does the others."""
+    """Whether FlashInfer computes this layer here; the Triton backend does the others."""
     return (
         layer.sliding_window is None
         and layer.soft_cap is None

@@ -43,10 +43,14 @@ class _Group:
 
 
 class TorchAttention:
-    """Writes keys and values to the pool, gathers them by page table and attends densely."""
+    """Writes keys and values to the pool, gathers them by page table and attends densely.
 
-    def __init__(self, pool: PagePool) -> None:
+    With `reduce_in_fp32`, scores and probabilities of 16-bit types are float32 numbers throughout.
+    """
+
+    def __init__(self, pool: PagePool, *, reduce_in_fp32: bool = False) -> None:
         self._pool = pool
+        self._reduce_in_fp32 = reduce_in_fp32
         self._inputs: AttentionInputs | None = None
         # The step's groups by sliding window, made when the first such layer runs.
         self._groups: dict[int | None, list[_Group]] = {}
@@ -76,7 +80,9 @@ class TorchAttention:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in groups:
-            out[group.tokens] = _attend(q[group.tokens], keys, values, group, layer)
+            out[group.tokens] = _attend(
+                q[group.tokens], keys, values, group, layer, in_fp32=self._reduce_in_fp32
+            )
         out[num_tokens:] = 0
         return out
 
@@ -180,6 +186,8 @@ def _attend(
     values: torch.Tensor,
     group: _Group,
     layer: AttentionLayer,
+    *,
+    in_fp32: bool,
 ) -> torch.Tensor:
     """q [S * Q, H, D] -> the same shape."""
     num_kv_heads, head_dim = keys.shape[2:]
@@ -195,12 +203,13 @@ def _attend(
         mask = group.mask.expand(-1, -1, per_head, -1)
     else:
         mask = group.mask.repeat(1, 1, per_head, 1)
-    if layer.soft_cap is None:
+    if layer.soft_cap is None and (not in_fp32 or q.dtype == torch.float32):
         out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=layer.scale)
     else:
         scores = queries.float() @ k.float().transpose(2, 3) * layer.scale
-        scores = torch.tanh(scores / layer.soft_cap) * layer.soft_cap + mask
-        out = (scores.softmax(-1) @ v.float()).to(q.dtype)
+        if layer.soft_cap is not None:
+            scores = torch.tanh(scores / layer.soft_cap) * layer.soft_cap
+        out = ((scores + mask).softmax(-1) @ v.float()).to(q.dtype)
     out = out.view(rows, num_kv_heads, per_head, num_queries, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -21,4 +21,7 @@ def upload(device: torch.device, *arrays: npt.NDArray[np.integer]) -> tuple[torc
 
 def upload_into(target: torch.Tensor, values: npt.NDArray[np.integer]) -> None:
     """Overwrite `target`, of the same shape and type."""
-    target.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+    source = torch.from_numpy(values)
+    if target.device.type != "cpu":
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)

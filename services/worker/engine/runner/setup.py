@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from services.worker.engine.attention.backend import CapturableAttention
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
@@ -19,11 +20,14 @@ from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
 
-ATTENTION_BACKENDS = ("torch", "flashinfer")
+# The best comes first.
+ATTENTION_BACKENDS = ("flashinfer", "triton", "torch")
 
 # What FlashInfer has kernels for on every GPU it supports.
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# Tiles of larger heads would not fit a processor's shared memory.
+_TRITON_MAX_HEAD_DIM = 256
 
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
@@ -90,7 +94,7 @@ def decide_num_threads(weight_bytes: int, num_threads: int, ranks_per_node: int)
 def decide_attention_backend(
     options: EngineOptions, config: ModelConfig, device: torch.device, *, has_flashinfer: bool
 ) -> str:
-    """FlashInfer where it can run the model, unless the operator wished otherwise.
+    """The first of ATTENTION_BACKENDS that can run the model, or the one the operator wished.
 
     Raises ValueError for a backend that is unknown or cannot run the model.
     """
@@ -99,26 +103,47 @@ def decide_attention_backend(
         raise ValueError(
             f"attention_backend {wanted!r} is unknown; known: {', '.join(ATTENTION_BACKENDS)}"
         )
-    obstacle = None
+    obstacles = {
+        "flashinfer": _flashinfer_obstacle(options, config, device, has_flashinfer),
+        "triton": _triton_obstacle(config, device),
+        "torch": None,
+    }
+    if wanted is None:
+        return next(name for name in ATTENTION_BACKENDS if obstacles[name] is None)
+    if obstacles[wanted] is not None:
+        raise ValueError(f"attention_backend {wanted} cannot be used: {obstacles[wanted]}")
+    return wanted
+
+
+def _flashinfer_obstacle(
+    options: EngineOptions, config: ModelConfig, device: torch.device, has_flashinfer: bool
+) -> str | None:
     if device.type != "cuda":
-        obstacle = f"the device is {device.type}, not cuda"
-    elif not has_flashinfer:
-        obstacle = "flashinfer is not installed"
-    elif decide_dtype(options, config, device) not in _FLASHINFER_DTYPES:
-        obstacle = f"the dtype is not one of {', '.join(_FLASHINFER_DTYPES)}"
-    elif config.head_dim not in _FLASHINFER_HEAD_DIMS:
-        obstacle = f"head size {config.head_dim} is not one of {_FLASHINFER_HEAD_DIMS}"
-    if wanted == "flashinfer" and obstacle is not None:
-        raise ValueError(f"attention_backend flashinfer cannot be used: {obstacle}")
-    return wanted or ("torch" if obstacle else "flashinfer")
+        return f"the device is {device.type}, not cuda"
+    if options.disable_flashinfer:
+        return "disable_flashinfer is set"
+    if options.attention_reduce_in_fp32:
+        return "attention_reduce_in_fp32 is set, and its kernels round probabilities"
+    if not has_flashinfer:
+        return "flashinfer is not installed"
+    if decide_dtype(options, config, device) not in _FLASHINFER_DTYPES:
+        return f"the dtype is not one of {', '.join(_FLASHINFER_DTYPES)}"
+    if config.head_dim not in _FLASHINFER_HEAD_DIMS:
+        return f"head size {config.head_dim} is not one of {_FLASHINFER_HEAD_DIMS}"
+    return None
 
 
-def decide_graph_sizes(
-    options: EngineOptions, config: ModelConfig, backend: str
-) -> tuple[int, ...]:
-    """Graphs hold decode steps whose attention is FlashInfer's in every layer."""
-    has_windows = any(window is not None for window in config.sliding_windows)
-    if backend != "flashinfer" or has_windows or options.disable_cuda_graph:
+def _triton_obstacle(config: ModelConfig, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device.type}, not cuda"
+    if config.head_dim > _TRITON_MAX_HEAD_DIM:
+        return f"head size {config.head_dim} is above {_TRITON_MAX_HEAD_DIM}"
+    return None
+
+
+def decide_graph_sizes(options: EngineOptions, backend: str) -> tuple[int, ...]:
+    """Graphs hold decode steps; the torch backend's depend on the rows' lengths."""
+    if backend == "torch" or options.disable_cuda_graph:
         return ()
     return decode_graph_sizes(options.max_running_sequences)
 
@@ -165,7 +190,8 @@ def decide_plan(
         max_running_sequences=options.max_running_sequences,
         max_step_tokens=options.chunked_prefill_size,
         tp_size=options.tp_size,
-        graph_sizes=decide_graph_sizes(options, config, backend),
+        attention_reduce_in_fp32=options.attention_reduce_in_fp32,
+        graph_sizes=decide_graph_sizes(options, backend),
         piece_graph_sizes=(
             piece_graph_sizes(options.chunked_prefill_size)
             if backend != "torch" and not options.disable_cuda_graph
@@ -218,21 +244,41 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
     )
     is_leader = group.rank == 0
     if plan.attention_backend == "torch":
+        torch_backend = TorchAttention(pool, reduce_in_fp32=plan.attention_reduce_in_fp32)
         return ModelRunner(
-            model=model, backend=TorchAttention(pool), plan=plan, device=device, reports=is_leader
+            model=model, backend=torch_backend, plan=plan, device=device, reports=is_leader
         )
-    # Imported where it was chosen: machines without a GPU do not have it.
-    from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
-
-    backend = FlashInferAttention(
-        pool,
-        num_heads=config.num_heads // group.size,
-        max_captured_rows=max(plan.graph_sizes, default=0),
-        max_pages=-(-plan.context_length // plan.page_size),
-    )
+    backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
     runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
     if plan.graph_sizes:
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
     return runner
+
+
+def _make_capturable(
+    pool: PagePool, config: ModelConfig, plan: EnginePlan, *, num_heads: int
+) -> CapturableAttention:
+    # Imported where they were chosen: machines without a GPU may lack both libraries.
+    from services.worker.engine.attention.triton_backend import TritonAttention
+
+    triton = TritonAttention(
+        pool,
+        num_heads=num_heads,
+        max_rows=max(plan.max_running_sequences, *plan.graph_sizes, 1),
+        dtype=getattr(torch, plan.dtype),
+        reduce_in_fp32=plan.attention_reduce_in_fp32,
+    )
+    if plan.attention_backend == "triton":
+        return triton
+    from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
+
+    return FlashInferAttention(
+        pool,
+        num_heads=num_heads,
+        max_captured_rows=max(plan.graph_sizes, default=0),
+        max_pages=-(-plan.context_length // plan.page_size),
+        others=triton,
+        has_other_layers=any(window is not None for window in config.sliding_windows),
+    )
