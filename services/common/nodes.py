@@ -33,3 +33,15 @@ def check_nodes(*, tp: int, nnodes: int, node_rank: int, nccl_init_addr: str | N
         parse_host_port(nccl_init_addr)
     elif nnodes > 1:
         raise ValueError("nnodes > 1 needs --nccl-init-addr, the host:port of node 0")
+
+
+def check_p2p(*, enabled: bool, device: str, nnodes: int, disable_custom_all_reduce: bool) -> None:
+    """Raises ValueError when a check of writes between GPUs would check what nothing uses."""
+    if not enabled:
+        return
+    if device == "cpu":
+        raise ValueError("enable-p2p-check needs GPUs, but the device is cpu")
+    if disable_custom_all_reduce:
+        raise ValueError("enable-p2p-check checks what disable-custom-all-reduce turns off")
+    if nnodes > 1:
+        raise ValueError("enable-p2p-check is for the GPUs of one host, but nnodes > 1")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.model_files import builtin_model_path
-from services.common.nodes import check_nodes
+from services.common.nodes import check_nodes, check_p2p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +118,12 @@ class ServeConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.base_gpu_id < 0:
             raise ValueError(f"base-gpu-id must be >= 0, got {self.base_gpu_id}")
-        if self.enable_p2p_check and self.device == "cpu":
-            raise ValueError("enable-p2p-check needs GPUs, but the device is cpu")
+        check_p2p(
+            enabled=self.enable_p2p_check,
+            device=self.device,
+            nnodes=self.nnodes,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+        )
         check_nodes(
             tp=self.tp,
             nnodes=self.nnodes,

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from pathlib import Path
 
 import grpc
@@ -63,3 +64,27 @@ async def test_a_rank_lost_in_a_step_fails_requests_with_a_retryable_status(
         assert await asyncio.to_thread(worker.wait, END_S) == 4
     finally:
         worker.close()
+
+
+def start_node(directory: Path, node_rank: int, address: str) -> WorkerProcess:
+    directory.mkdir()
+    return WorkerProcess(
+        directory,
+        *("--max-total-tokens", "4096", "--tp", "2", "--device", "cpu", "--nnodes", "2"),
+        *("--node-rank", str(node_rank), "--nccl-init-addr", address),
+    )
+
+
+def test_the_end_of_rank_0_ends_the_workers_of_all_nodes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    nodes = [start_node(tmp_path / str(rank), rank, address) for rank in range(2)]
+    try:
+        for node in nodes:
+            node.wait_until_ready()
+        nodes[0].engine().kill()
+        assert [node.wait(END_S) for node in nodes] == [4, 4]
+        assert "the group has ended: rank 1" in nodes[1].log.read_text()
+    finally:
+        for node in nodes:
+            node.close()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.common.nodes import check_nodes, parse_host_port
+from services.common.nodes import check_nodes, check_p2p, parse_host_port
 
 
 def test_an_address_is_a_host_and_a_port():
@@ -30,3 +30,18 @@ def test_nodes_that_cannot_be_are_refused(flags, reason):
     given = {"tp": 4, "nnodes": 1, "node_rank": 0, "nccl_init_addr": "node-0:5000", **flags}
     with pytest.raises(ValueError, match=reason):
         check_nodes(**given)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"device": "cpu"}, "needs GPUs, but the device is cpu"),
+        ({"disable_custom_all_reduce": True}, "what disable-custom-all-reduce turns off"),
+        ({"nnodes": 2}, "for the GPUs of one host, but nnodes > 1"),
+    ],
+)
+def test_a_check_of_what_nothing_uses_is_refused(flags, reason):
+    given = {"device": "auto", "nnodes": 1, "disable_custom_all_reduce": False, **flags}
+    with pytest.raises(ValueError, match=reason):
+        check_p2p(enabled=True, **given)
+    check_p2p(enabled=False, **given)

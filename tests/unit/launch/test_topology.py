@@ -86,17 +86,21 @@ def test_every_replica_has_gpus_of_its_own() -> None:
 
 def test_a_node_above_0_runs_its_ranks_and_nothing_else() -> None:
     asked: dict[str, Any] = {"tp": 4, "nnodes": 2, "nccl_init_addr": "node-0:5000"}
-    first = parsed(ServeConfig(node_rank=0, enable_p2p_check=True, **asked))
+    first = parsed(ServeConfig(node_rank=0, **asked))
     assert len(first) == 5
     (node,) = parsed(ServeConfig(node_rank=1, disable_custom_all_reduce=True, **asked)).values()
     assert first["worker-0"].nccl_init_addr == node.nccl_init_addr == "node-0:5000"
     assert (first["worker-0"].node_rank, node.node_rank) == (0, 1)
     assert (first["worker-0"].nnodes, node.nnodes, node.tp_size) == (2, 2, 4)
-    assert (first["worker-0"].enable_p2p_check, node.enable_p2p_check) == (True, False)
     assert (first["worker-0"].disable_custom_all_reduce, node.disable_custom_all_reduce) == (
         False,
         True,
     )
+
+
+def test_a_check_between_gpus_reaches_the_worker() -> None:
+    assert parsed(ServeConfig(tp=2, enable_p2p_check=True))["worker-0"].enable_p2p_check
+    assert not parsed(ServeConfig(tp=2))["worker-0"].enable_p2p_check
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ def test_sglangs_names_of_tensor_parallelism_work(flag: str) -> None:
 def test_sglangs_names_of_several_nodes_work(flag: str) -> None:
     options = parse(
         *("--tp", "4", "--nnodes", "2", "--node-rank", "1", flag, "node-0:5000"),
-        *("--enable-p2p-check", "--disable-custom-all-reduce", "--base-gpu-id", "2"),
+        *("--disable-custom-all-reduce", "--base-gpu-id", "2"),
     ).engine_options()
     assert (options.nnodes, options.node_rank, options.ranks_per_node) == (2, 1, 2)
     assert options.nccl_init_addr == "node-0:5000"
-    assert (options.enable_p2p_check, options.disable_custom_all_reduce) == (True, True)
+    assert options.disable_custom_all_reduce
     assert options.base_gpu_id == 2
 
 

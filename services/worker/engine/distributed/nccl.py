@@ -10,16 +10,15 @@ Source: NCCL's nccl.h (user guide, "API").
 from __future__ import annotations
 
 import ctypes
-import logging
 from typing import Any
 
 import torch
 from torch._C._distributed_c10d import Store
 
-logger = logging.getLogger(__name__)
+from services.common.config import set_default_environment
 
 # Multicast over NVLink needs a fabric manager that allows it, and can stall a host without.
-NCCL_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 _LIBRARY = "libnccl.so.2"
 _ID_KEY = "rhizome/nccl_id"
@@ -54,6 +53,8 @@ class Communicator:
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        # NCCL reads its environment when it is first used.
+        set_default_environment(_ENVIRONMENT)
         self._library = _load()
         unique_id = _UniqueId()
         if rank == 0:

@@ -7,10 +7,9 @@ import logging
 import torch
 from torch._C._distributed_c10d import Store
 
-from services.common.config import set_default_environment
 from services.common.nodes import HostPort
 from services.worker.engine.distributed.group import GlooGroup, NcclGroup, TpGroup
-from services.worker.engine.distributed.nccl import NCCL_ENVIRONMENT, Communicator
+from services.worker.engine.distributed.nccl import Communicator
 from services.worker.engine.distributed.peer_memory import PeerMemory, PeerMemoryError
 from services.worker.engine.distributed.rendezvous import own_address
 from services.worker.engine.options import EngineOptions
@@ -25,7 +24,6 @@ def take_gpu(options: EngineOptions, device: torch.device, rank: int) -> None:
     """
     if device.type != "cuda":
         return
-    set_default_environment(NCCL_ENVIRONMENT)
     needed = options.base_gpu_id + options.ranks_per_node
     if needed > torch.cuda.device_count():
         raise ValueError(
