@@ -105,6 +105,9 @@ class ServeConfig:
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""
 
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 

@@ -140,6 +140,7 @@ def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ..
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
+        "--profile-dir": config.profile_dir,
         "--max-running-requests": config.max_running_requests,
     }
     given = [

@@ -118,6 +118,9 @@ class WorkerConfig:
     drain_timeout_s: float = 30.0
     """Longest time that running sequences get to finish after SIGTERM."""
 
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
@@ -192,6 +195,7 @@ class WorkerConfig:
             disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
             page_size=self.page_size,
+            profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
             chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),

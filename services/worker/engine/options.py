@@ -27,6 +27,8 @@ class EngineOptions:
     load_format: str = "safetensors"
     """"safetensors", or "dummy" for random weights in the configuration's shapes."""
     page_size: int = 16
+    profile_dir: Path | None = None
+    """Where traces go; None refuses to record."""
     context_length: int | None = None
     max_running_sequences: int = 256
     chunked_prefill_size: int = 2048

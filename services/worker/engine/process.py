@@ -20,7 +20,7 @@ import zmq
 from services.common.logs import configure_logging
 from services.common.process import die_with_parent
 from services.worker.engine.batch import Runner
-from services.worker.engine.loop import build_loop
+from services.worker.engine.loop import StepRecorder, build_loop
 from services.worker.engine.messages import (
     EngineFailed,
     EngineInput,
@@ -131,7 +131,9 @@ def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bo
         outbox.send(EngineFailed(_reason(error), permanent=isinstance(error, _PERMANENT)))
         return False
     try:
-        loop = build_loop(runner, plan, inbox, outbox)
+        loop = build_loop(
+            runner, plan, inbox, outbox, recorder=_recorder(options.profile_dir, plan.device)
+        )
         # What loading made lives as long as the process; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -155,6 +157,15 @@ def _load(options: EngineOptions, outbox: ZmqOutbox) -> tuple[Runner, EnginePlan
     built = build_runner(options, lambda fraction, what: outbox.send(LoadProgress(fraction, what)))
     logger.info("event=engine_loaded seconds=%.1f", time.monotonic() - started)
     return built
+
+
+def _recorder(directory: Path | None, device: str) -> StepRecorder | None:
+    if directory is None:
+        return None
+    # Imported late, as the runner is.
+    from services.worker.engine.runner.profiling import TorchRecorder
+
+    return TorchRecorder(directory, has_gpu=device == "cuda")
 
 
 def ready_message(plan: EnginePlan) -> EngineReady:

@@ -3,7 +3,14 @@ import gc
 import pytest
 
 from services.worker.engine.loop import EngineLoop, build_loop
-from services.worker.engine.messages import FlushCache, StepOutput, Stop
+from services.worker.engine.messages import (
+    FlushCache,
+    ProfileState,
+    StartProfile,
+    StepOutput,
+    Stop,
+    StopProfile,
+)
 from services.worker.engine.options import EnginePlan
 from tests.fakes.engine_driver import EngineDriver, ListInbox, ListOutbox, make_request
 from tests.fakes.fake_runner import FakeRunner
@@ -205,3 +212,61 @@ def test_a_loop_is_built_from_the_engines_plan():
     inbox = ScriptedInbox([make_request(1, PROMPT, max_new_tokens=4, ignore_eos=True)], *[[]] * 9)
     build_loop(runner, plan, inbox, outbox).run()
     assert [finish.reason for output in outbox.outputs for finish in output.finishes] == ["length"]
+
+
+class CountingRecorder:
+    """Counts the steps and turns it is told of while it records."""
+
+    def __init__(self) -> None:
+        self.is_recording = False
+        self.steps: list[int] = []
+        self.num_turns = 0
+
+    def start(self, message):
+        self.is_recording = True
+        return ProfileState()
+
+    def begin_step(self, plan) -> None:
+        if self.is_recording:
+            self.steps.append(plan.step_number)
+
+    def end_turn(self) -> None:
+        self.num_turns += self.is_recording
+
+    def stop(self):
+        self.is_recording = False
+        return ProfileState(trace_path="here")
+
+
+def test_without_a_recorder_profiles_are_refused_and_requests_go_on():
+    engine = EngineDriver()
+    loop, _ = scripted_loop(
+        engine, [StartProfile()], [make_request(1, PROMPT, max_new_tokens=2)], [StopProfile()]
+    )
+    loop.run()
+    states = [output for output in engine.outbox.outputs if isinstance(output, ProfileState)]
+    assert [state.is_refusal for state in states] == [True, True]
+    assert all("--profile-dir" in state.error for state in states)
+    assert any(
+        output.token_ids for output in engine.outbox.outputs if isinstance(output, StepOutput)
+    )
+
+
+def test_a_recorder_sees_the_steps_between_start_and_stop():
+    engine = EngineDriver()
+    recorder = CountingRecorder()
+    inbox = ScriptedInbox(
+        [make_request(1, PROMPT, max_new_tokens=8)], [StartProfile()], [], [StopProfile()]
+    )
+    loop = EngineLoop(
+        runner=engine.runner,
+        scheduler=engine.scheduler,
+        inbox=inbox,
+        outbox=engine.outbox,
+        recorder=recorder,
+    )
+    loop.run()
+    assert recorder.steps == [2, 3]
+    assert recorder.num_turns == 2
+    answers = [output for output in engine.outbox.outputs if isinstance(output, ProfileState)]
+    assert [answer.trace_path for answer in answers] == ["", "here"]
