@@ -66,8 +66,10 @@ class ServeConfig:
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
 
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and the key/value cache."""
+    mem_fraction_static: float | None = None
+    """Share of the device's free memory for weights and the key/value cache. Default: all that
+    the largest step and the CUDA graphs, measured at start, leave; more than that is not taken.
+    """
 
     max_total_tokens: int | None = None
     """Tokens the key/value cache holds. Default: what memory allows."""
@@ -77,6 +79,11 @@ class ServeConfig:
 
     max_running_requests: int | None = None
     """Most sequences that run at once. Default: the worker's own."""
+
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request a worker starts first: the one with the longest cached prefix (those
+    that waited for 10 s before others), or the one that came first.
+    """
 
     page_size: int = 16
     """Tokens a page of the key/value cache."""
@@ -101,6 +108,14 @@ class ServeConfig:
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
+
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU."""
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
 
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""
@@ -139,7 +154,7 @@ class ServeConfig:
             )
         if self.dp > 1 and self.nccl_init_addr is not None:
             raise ValueError(f"nccl-init-addr is of one replica, but dp is {self.dp}")
-        if not 0 < self.mem_fraction_static <= 1:
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem-fraction-static must be within (0, 1], got {self.mem_fraction_static}"
             )

@@ -13,6 +13,7 @@ from services.common.process import run, stop_event
 from services.launch.config import ServeConfig
 from services.launch.supervisor import ServiceGaveUpError, Supervisor, private_directory
 from services.launch.topology import build_topology
+from services.launch.warm import warm
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _USAGE = """usage: rhizome COMMAND [--help]
 commands:
   bench   measure a server, or the engine alone
   serve   start all services on this host and serve one model
+  warm    compile the kernels of a model into --kernel-cache-dir; takes serve's flags
 """
 
 
@@ -39,6 +41,8 @@ def main() -> None:
             run(serve(config))
         except ServiceGaveUpError as error:
             sys.exit(f"rhizome serve: giving up. {error}")
+    elif command == "warm":
+        sys.exit(warm(parse_config(ServeConfig, "serve", arguments, program="rhizome warm")))
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:

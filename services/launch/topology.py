@@ -62,7 +62,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
                 *("--scheduler", sockets["scheduler"]),
                 # The gateway has drained before: nothing is left to wait for.
                 *("--drain-timeout-s", "1"),
-                *_worker_arguments(config, base_gpu_id=config.base_gpu_id + index * config.tp),
+                *worker_arguments(config, replica=index),
                 grace_s=5.0,
             )
         )
@@ -87,7 +87,7 @@ def _node(config: ServeConfig, directory: Path, parent_pid: int) -> ServiceSpec:
         name,
         "worker",
         listen,
-        *("--listen", listen, *_worker_arguments(config, base_gpu_id=config.base_gpu_id)),
+        *("--listen", listen, *worker_arguments(config)),
         grace_s=5.0,
     )
 
@@ -123,14 +123,15 @@ def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ...]:
+def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...]:
+    """What the worker of a replica is told of the model and of how to run it."""
     arguments = {
         "--served-model-name": config.served_model_name or config.model_path.resolve().name,
         "--tp-size": config.tp,
         "--nnodes": config.nnodes,
         "--node-rank": config.node_rank,
         "--nccl-init-addr": config.nccl_init_addr,
-        "--base-gpu-id": base_gpu_id,
+        "--base-gpu-id": config.base_gpu_id + replica * config.tp,
         "--page-size": config.page_size,
         "--mem-fraction-static": config.mem_fraction_static,
         "--dtype": config.dtype,
@@ -142,6 +143,8 @@ def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ..
         "--chunked-prefill-size": config.chunked_prefill_size,
         "--profile-dir": config.profile_dir,
         "--max-running-requests": config.max_running_requests,
+        "--schedule-policy": config.schedule_policy,
+        "--kernel-cache-dir": config.kernel_cache_dir,
     }
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
@@ -152,6 +155,7 @@ def _worker_arguments(config: ServeConfig, *, base_gpu_id: int) -> tuple[str, ..
         "--disable-cuda-graph": config.disable_cuda_graph,
         "--enable-p2p-check": config.enable_p2p_check,
         "--disable-custom-all-reduce": config.disable_custom_all_reduce,
+        "--enable-torch-compile": config.enable_torch_compile,
     }
     switches = (flag for flag, wished in wishes.items() if wished)
     return (*_model_arguments(config), *(str(part) for part in given), *switches)

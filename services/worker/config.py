@@ -13,8 +13,6 @@ from services.common.model_files import builtin_model_path
 from services.common.nodes import check_nodes, check_p2p
 from services.worker.engine.options import EngineOptions
 
-_CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig:
@@ -73,14 +71,23 @@ class WorkerConfig:
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
 
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and the key/value cache."""
+    mem_fraction_static: float | None = None
+    """Share of the device's free memory for weights and the key/value cache. Default: all that
+    the largest step and the CUDA graphs, measured at start, leave; more than that is not taken.
+    """
 
     max_total_tokens: int | None = None
     """Tokens the key/value cache holds. Default: what memory allows."""
 
     chunked_prefill_size: int | None = None
-    """Most tokens computed in one step. Default: 8192 with `--device cuda`, else 2048."""
+    """Most tokens computed in one step. Default, by the GPU's memory: 2048 below 35 GiB, 4096
+    below 60, 8192 below 160, else 16384; on CPUs 2048.
+    """
+
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request starts first: `lpm`, the one with the longest cached prefix (those
+    that waited for 10 s before others), or `fcfs`, the one that came first.
+    """
 
     max_running_requests: int = 256
     """Most sequences that run at once."""
@@ -111,6 +118,16 @@ class WorkerConfig:
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
+
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU; 16-bit types have kernels of their
+    own. Starts take longer, and results may differ in the last bits.
+    """
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
 
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
@@ -156,7 +173,7 @@ class WorkerConfig:
                 f"max_total_tokens must hold a page of {self.page_size}, "
                 f"got {self.max_total_tokens}"
             )
-        if not 0 < self.mem_fraction_static <= 1:
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem_fraction_static must be within (0, 1], got {self.mem_fraction_static}"
             )
@@ -182,7 +199,6 @@ class WorkerConfig:
 
     def engine_options(self) -> EngineOptions:
         """What the engine needs of all this."""
-        prefill = self.chunked_prefill_size
         pages = self.max_total_tokens
         return EngineOptions(
             model_path=self.model_path,
@@ -198,7 +214,9 @@ class WorkerConfig:
             profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
-            chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),
+            chunked_prefill_size=self.chunked_prefill_size,
+            schedule_policy=self.schedule_policy,
+            enable_torch_compile=self.enable_torch_compile,
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,

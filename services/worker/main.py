@@ -36,4 +36,6 @@ def main() -> None:
         run(serve(config) if config.node_rank == 0 else serve_node(config))
     except ReplicaFailedError as error:
         logger.error("event=worker_failed permanent=%s reason=%s", error.permanent, error.reason)
+        # The last line, for whoever reads only that.
+        print(error.reason, file=sys.stderr, flush=True)
         sys.exit(EXIT_CANNOT_LOAD if error.permanent else EXIT_ENGINE_DIED)

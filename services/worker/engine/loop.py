@@ -210,6 +210,7 @@ def build_loop(
         eos_token_ids=plan.eos_token_ids,
         max_running_sequences=plan.max_running_sequences,
         max_step_tokens=plan.max_step_tokens,
+        policy=plan.schedule_policy,
         num_in_flight=runner.num_in_flight,
         clock=clock,
     )

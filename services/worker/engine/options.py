@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +32,14 @@ class EngineOptions:
     """Where traces go; None refuses to record."""
     context_length: int | None = None
     max_running_sequences: int = 256
-    chunked_prefill_size: int = 2048
-    """Most tokens a step computes."""
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and keys/values together."""
+    chunked_prefill_size: int | None = None
+    """Most tokens a step computes; None goes by the device's memory."""
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Order of admission: longest cached prefix first, or first come first served."""
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU."""
+    mem_fraction_static: float | None = None
+    """Share of the free memory for weights and keys/values together; None: what is left over."""
     num_pages: int | None = None
     """Pages of the pool; None sizes it from free memory."""
     tp_size: int = 1
@@ -71,6 +76,7 @@ class EnginePlan:
     max_running_sequences: int
     max_step_tokens: int
     tp_size: int
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
     attention_reduce_in_fp32: bool = False
     graph_sizes: tuple[int, ...] = ()
     """Numbers of rows for which decode steps are captured in CUDA graphs."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from services.common.config import child_environment, parse_config, set_default_environment
+from services.common.config import (
+    child_environment,
+    kernel_cache_environment,
+    parse_config,
+    set_default_environment,
+)
 
 # cyclopts parses dataclasses otherwise where pydantic is loaded, as it is beside the openai client.
 importlib.import_module("pydantic")
@@ -108,3 +114,14 @@ def test_defaults_of_the_environment_leave_alone_what_is_set(
     environment = child_environment({})
     assert environment["RHIZOME_TEST_SET"] == "operator"
     assert environment["RHIZOME_TEST_OPEN"] == "default"
+
+
+def test_compiled_kernels_go_where_the_operator_says(tmp_path: Path) -> None:
+    assert kernel_cache_environment(None) == {}
+    places = kernel_cache_environment(tmp_path)
+    assert set(places) == {
+        "TRITON_CACHE_DIR",
+        "FLASHINFER_WORKSPACE_BASE",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
+    assert all(Path(place).is_relative_to(tmp_path) for place in places.values())

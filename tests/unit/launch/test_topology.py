@@ -64,8 +64,14 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
             disable_flashinfer=True,
             attention_reduce_in_fp32=True,
             disable_cuda_graph=True,
+            enable_torch_compile=True,
+            schedule_policy="fcfs",
+            kernel_cache_dir=Path("/kernels"),
+            mem_fraction_static=0.7,
         )
     )["worker-0"]
+    assert (worker.schedule_policy, worker.enable_torch_compile) == ("fcfs", True)
+    assert (worker.kernel_cache_dir, worker.mem_fraction_static) == (Path("/kernels"), 0.7)
     assert (worker.served_model_name, worker.tp_size, worker.page_size) == ("small", 2, 32)
     assert (worker.context_length, worker.max_total_tokens) == (512, 4096)
     assert (worker.chunked_prefill_size, worker.max_running_requests) == (64, 5)

@@ -21,8 +21,11 @@ from services.worker.engine.distributed.rendezvous import create_store, join_sto
 from services.worker.engine.layers.embedding import VocabularyShard, compute_largest
 from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.messages import LogprobSpec, SamplingParams
+from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions
+from services.worker.engine.runner.profile import run_largest_steps
 from services.worker.engine.runner.ranks import RankProcesses
+from services.worker.engine.runner.setup import decide_plan, load_model, make_runner
 from services.worker.engine.runner.watch import RankWatch
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.fakes.engines import PAGE_SIZE, open_driver, open_runner
@@ -179,6 +182,39 @@ def test_a_plan_survives_packing() -> None:
     for name in StepPlan.__slots__:
         before, after = getattr(plan, name), getattr(unpacked, name)
         assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after
+
+
+def test_every_rank_can_measure_the_largest_steps(model_path: Path) -> None:
+    options = EngineOptions(
+        model_path=model_path,
+        tokenizer_path=model_path,
+        device="cpu",
+        tp_size=2,
+        max_running_sequences=4,
+        chunked_prefill_size=32,
+    )
+    config = load_model_config(model_path)
+    device = torch.device("cpu")
+    store, address = create_store(2)
+
+    def on_rank(rank: int) -> int:
+        own = join_store(address, 2)
+        tp_group = group.GlooGroup(own, rank, 2, address.host)
+        model = load_model(
+            options, config, device=device, group=tp_group, on_progress=lambda _: None
+        )
+        plan = decide_plan(
+            options, config, device=device, eos_token_ids=(), pool_budget_bytes=2**20
+        )
+        runner = make_runner(model, plan, tp_group)
+        run_largest_steps(runner, plan)
+        runner.close()
+        tp_group.close()
+        return plan.max_step_tokens
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(on_rank, range(2))) == [32, 32]
+    del store
 
 
 def test_the_largest_of_all_shards_is_the_argmax_of_the_whole() -> None:

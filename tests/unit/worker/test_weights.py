@@ -140,6 +140,7 @@ def test_a_configuration_that_is_not_supported_says_why(
         ({"dtype": "int8"}, "dtype must be"),
         ({"device": "tpu"}, "device must be"),
         ({"tp_size": 0}, "tp_size must be >= 1"),
+        ({"enable_torch_compile": True}, "enable_torch_compile needs a GPU"),
         ({"tp_size": 3}, "tp_size 3 does not divide the model's 4 attention heads"),
     ],
 )

@@ -35,8 +35,8 @@ def test_flags_become_the_engines_options() -> None:
         *("--model-path", "/m/llama", "--max-total-tokens", "1000", "--page-size", "32"),
         *("--max-running-requests", "7", "--context-length", "512", "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
-        *("--attention-backend", "torch", "--disable-cuda-graph"),
-        *("--disable-flashinfer", "--attention-reduce-in-fp32"),
+        *("--attention-backend", "torch", "--disable-cuda-graph", "--enable-torch-compile"),
+        *("--disable-flashinfer", "--attention-reduce-in-fp32", "--schedule-policy", "fcfs"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -51,6 +51,8 @@ def test_flags_become_the_engines_options() -> None:
         disable_flashinfer=True,
         attention_reduce_in_fp32=True,
         disable_cuda_graph=True,
+        enable_torch_compile=True,
+        schedule_policy="fcfs",
         mem_fraction_static=0.5,
         num_pages=31,
     )
@@ -71,6 +73,7 @@ def test_repeated_flags_gather() -> None:
         ("--label", "zone"),
         ("--max-total-tokens", "3"),
         ("--role", "none"),
+        ("--schedule-policy", "random"),
         ("--unknown", "1"),
     ],
 )

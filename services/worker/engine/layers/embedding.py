@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 _ID_BITS = 0xFFFFFFFF
 _MAGNITUDE_BITS = 0x7FFFFFFF
@@ -42,7 +42,7 @@ class VocabularyShard:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {self._name: self._shape}
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         rows = tensor[self.first_id : self.first_id + self.num_ids]
         self.weight[: len(rows)].copy_(rows)
         self.weight[len(rows) :].zero_()

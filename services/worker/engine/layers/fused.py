@@ -21,10 +21,15 @@ class FusedKernels(Protocol):
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor: ...
 
 
-def fused_kernels(device: torch.device, dtype: torch.dtype) -> FusedKernels | None:
-    """The kernels for 16-bit types on GPUs. Float32 stays with torch: it is the reference."""
+def fused_kernels(
+    device: torch.device, dtype: torch.dtype, compiled: FusedKernels | None = None
+) -> FusedKernels | None:
+    """The kernels for 16-bit types on GPUs; elsewhere `compiled`, where the operator asked for it.
+
+    Without either, torch computes: in float32 it is the reference.
+    """
     if device.type != "cuda" or dtype == torch.float32:
-        return None
+        return compiled
     # Imported where there is a GPU: other machines may lack Triton.
     from services.worker.engine.kernels import fused
 

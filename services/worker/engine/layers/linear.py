@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.parameters import Placement, shard_size
+from services.worker.engine.layers.parameters import Placement, StoredTensor, shard_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class ColumnParallelLinear:
                 shapes[f"{name}.bias"] = (out_features,)
         return shapes
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         part_name, kind = name.rsplit(".", 1)
         _, source, target = self._rows[part_name]
         parameter = self.weight if kind == "weight" else self.bias
@@ -88,12 +88,12 @@ class RowParallelLinear:
             shapes[f"{self._name}.bias"] = self._shape[:1]
         return shapes
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         if name.endswith(".weight"):
             self.weight.copy_(tensor[:, self._source])
         else:
             assert self.bias is not None, "tensors() names a bias only where there is one"
-            self.bias.copy_(tensor)
+            self.bias.copy_(tensor[...])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]"""

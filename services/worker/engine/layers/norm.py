@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.layers.fused import fused_kernels
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
 
 
 class RmsNorm:
@@ -20,13 +20,13 @@ class RmsNorm:
         self._eps = eps
         self._shape = (size,)
         self.weight = placement.empty(size)
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {f"{self._name}.weight": self._shape}
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
-        self.weight.copy_(tensor)
+    def load(self, name: str, tensor: StoredTensor) -> None:
+        self.weight.copy_(tensor[...])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] -> [..., E]"""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import Protocol
 
 import torch
 
 from services.worker.engine.distributed.group import TpGroup
+from services.worker.engine.layers.fused import FusedKernels
 
 # Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
 MIN_CPU_ROWS = 2
@@ -23,6 +25,8 @@ class Placement:
         self.device = device
         self.dtype = dtype
         self.group = group
+        # Stands in where a device and type have no fused kernels; None leaves that to torch.
+        self.compiled: FusedKernels | None = None
         self.num_bytes = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
@@ -47,14 +51,32 @@ class Placement:
         return self.device.type == "cpu" and self.dtype == torch.float32 and is_narrow
 
 
+class StoredTensor(Protocol):
+    """A checkpoint's tensor, which may be read only where it is indexed (as torch's are)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, index: slice | EllipsisType | tuple[slice, slice]) -> torch.Tensor: ...
+
+
 class Layer(Protocol):
     """A layer with parameters."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every checkpoint tensor of this layer, by name within the layer."""
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Take this rank's shard of a full tensor named by `tensors`."""
+    def load(self, name: str, tensor: StoredTensor) -> None:
+        """Take this rank's shard of a full tensor named by `tensors`.
+
+        Different tensors are loaded by several threads at a time.
+        """
 
 
 def shard_size(total: int, group: TpGroup, what: str) -> int:

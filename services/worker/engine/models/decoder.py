@@ -57,7 +57,7 @@ class Attention:
         self.spec = AttentionLayer(
             index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
         )
-        fused = fused_kernels(placement.device, placement.dtype)
+        fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
         self._rotate = rotate if fused is None else fused.rotate
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
@@ -109,7 +109,7 @@ class Mlp:
             bias=config.mlp_bias,
             placement=placement,
         )
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, E] -> [T, E]"""

@@ -29,8 +29,8 @@ from services.worker.engine.distributed.rendezvous import (
 from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.groups import make_group, take_gpu
-from services.worker.engine.runner.memory import pool_budget_bytes
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.profile import memory_at_start, pool_budget
 from services.worker.engine.runner.setup import decide_device, decide_dtype, load_model, make_runner
 from services.worker.engine.runner.watch import LeaderWatch
 from services.worker.engine.spec import (
@@ -115,13 +115,14 @@ def _serve(channel: Channel, spec: FollowerSpec, start: RankStart, options: Engi
     store = join_store(address, start.size)
     dtype = getattr(torch, decide_dtype(options, config, device))
     group = make_group(options, device, dtype, store, address, spec.rank)
+    free = memory_at_start(device)
     model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
-    budget = pool_budget_bytes(device, options.mem_fraction_static, options.ranks_per_node)
+    budget = pool_budget(model, options, group, device=device, free_at_start=free)
     channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget)))
     kind, payload = channel.receive()
     if kind is Kind.READY:
         plan = msgspec.json.decode(payload, type=EnginePlan)
-        runner = make_runner(model, plan, group)
+        runner = make_runner(model, plan, group, reports=False)
         _mirror(channel, runner, lambda: _tell_ready(spec))
         runner.close()
     watch.close()

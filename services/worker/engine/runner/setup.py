@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,14 +12,18 @@ from services.worker.engine.attention.backend import CapturableAttention
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
+from services.worker.engine.layers.compiled import CompiledKernels
 from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.models.weights import load_dummy_weights, load_weights
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
+from services.worker.engine.runner.memory import check_weights
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
+
+logger = logging.getLogger(__name__)
 
 # The best comes first.
 ATTENTION_BACKENDS = ("flashinfer", "triton", "torch")
@@ -28,6 +33,10 @@ _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 # Tiles of larger heads would not fit a processor's shared memory.
 _TRITON_MAX_HEAD_DIM = 256
+
+# Below so many GiB of memory, so many tokens a step.
+_STEP_TOKENS = ((35, 2048), (60, 4096), (160, 8192))
+_MOST_STEP_TOKENS = 16384
 
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
@@ -63,6 +72,21 @@ def decide_context_length(options: EngineOptions, config: ModelConfig) -> int:
             f"context_length {wanted} exceeds the model's longest, {config.max_context_length}"
         )
     return wanted
+
+
+def decide_step_tokens(options: EngineOptions, device_bytes: int) -> int:
+    """Tokens of a step, by a GPU's whole memory as SGLang has it; `device_bytes` is 0 for CPUs."""
+    if options.chunked_prefill_size is not None:
+        return options.chunked_prefill_size
+    for limit, num_tokens in _STEP_TOKENS:
+        if device_bytes < limit * 1024**3:
+            return num_tokens
+    return _MOST_STEP_TOKENS
+
+
+def device_memory(device: torch.device) -> int:
+    """A GPU's whole memory in bytes; 0 for CPUs."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
 
 
 def check_tp_size(tp_size: int, config: ModelConfig) -> None:
@@ -155,8 +179,11 @@ def decide_plan(
     device: torch.device,
     eos_token_ids: tuple[int, ...],
     pool_budget_bytes: int,
+    device_bytes: int = 0,
 ) -> EnginePlan:
     """The engine's decisions, from the operator's wishes and the memory left for pages.
+
+    `device_bytes` is a GPU's whole memory, 0 for CPUs.
 
     Pure. Raises ValueError when a wish cannot be met.
     """
@@ -167,15 +194,9 @@ def decide_plan(
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
     )
     dtype = decide_dtype(options, config, device)
+    max_step_tokens = decide_step_tokens(options, device_bytes)
     num_pages = options.num_pages or fitting_pages(
-        free_bytes=pool_budget_bytes,
-        bytes_per_page=page_bytes(
-            num_layers=config.num_layers,
-            page_size=options.page_size,
-            num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
-            head_dim=config.head_dim,
-            dtype=getattr(torch, dtype),
-        ),
+        free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
     return EnginePlan(
         device=device.type,
@@ -188,15 +209,27 @@ def decide_plan(
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
         max_running_sequences=options.max_running_sequences,
-        max_step_tokens=options.chunked_prefill_size,
+        max_step_tokens=max_step_tokens,
+        schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
         attention_reduce_in_fp32=options.attention_reduce_in_fp32,
         graph_sizes=decide_graph_sizes(options, backend),
         piece_graph_sizes=(
-            piece_graph_sizes(options.chunked_prefill_size)
+            piece_graph_sizes(max_step_tokens)
             if backend != "torch" and not options.disable_cuda_graph
             else ()
         ),
+    )
+
+
+def rank_page_bytes(options: EngineOptions, config: ModelConfig, device: torch.device) -> int:
+    """Bytes of one page on one rank."""
+    return page_bytes(
+        num_layers=config.num_layers,
+        page_size=options.page_size,
+        num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
+        head_dim=config.head_dim,
+        dtype=getattr(torch, decide_dtype(options, config, device)),
     )
 
 
@@ -208,14 +241,25 @@ def load_model(
     group: TpGroup,
     on_progress: Callable[[float], None],
 ) -> Decoder:
-    """This rank's shard with its weights. Raises ValueError when the checkpoint does not fit."""
+    """This rank's shard with its weights.
+
+    Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
+    when a GPU cannot hold it.
+    """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
         )
     dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
     placement = Placement(device, dtype, group)
-    model = Decoder(config, decide_context_length(options, config), placement)
+    placement.compiled = compiled_kernels(options, device, dtype)
+    context_length = decide_context_length(options, config)
+    if device.type == "cuda":
+        # Without making them: a model of that device is shapes alone.
+        outline = Placement(torch.device("meta"), dtype, group)
+        Decoder(config, context_length, outline)
+        check_weights(options, outline.num_bytes, device)
+    model = Decoder(config, context_length, placement)
     if device.type == "cpu":
         threads = decide_num_threads(
             placement.num_bytes, torch.get_num_threads(), options.ranks_per_node
@@ -224,12 +268,31 @@ def load_model(
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
     else:
-        load_weights(model, options.model_path, on_progress)
+        load_weights(model, options.model_path, device, on_progress)
     return model
 
 
-def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner:
-    """The rank's page pool, attention backend and runner around a loaded model."""
+def compiled_kernels(
+    options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> CompiledKernels | None:
+    """What `enable_torch_compile` gives. Raises ValueError on CPUs, where it only costs."""
+    if not options.enable_torch_compile:
+        return None
+    if device.type == "cpu":
+        raise ValueError("enable_torch_compile needs a GPU: on CPUs compiled steps are slower")
+    if dtype != torch.float32:
+        logger.warning("event=torch_compile_unused reason='%s has kernels of its own'", dtype)
+        return None
+    return CompiledKernels()
+
+
+def make_runner(
+    model: Decoder, plan: EnginePlan, group: TpGroup, *, reports: bool = True
+) -> ModelRunner:
+    """The rank's page pool, attention backend and runner around a loaded model.
+
+    All ranks call it together. Without `reports` the runner has no results to read.
+    """
     config = model.config
     device = torch.device(plan.device)
     pool = PagePool(
@@ -242,18 +305,19 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         dtype=getattr(torch, plan.dtype),
         device=device,
     )
-    is_leader = group.rank == 0
     if plan.attention_backend == "torch":
         torch_backend = TorchAttention(pool, reduce_in_fp32=plan.attention_reduce_in_fp32)
         return ModelRunner(
-            model=model, backend=torch_backend, plan=plan, device=device, reports=is_leader
+            model=model, backend=torch_backend, plan=plan, device=device, reports=reports
         )
     backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
-    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
+    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=reports)
     if plan.graph_sizes:
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
+    # What captures warmed up with lies on their streams, where steps cannot use it.
+    torch.cuda.empty_cache()
     return runner
 
 
