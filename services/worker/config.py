@@ -89,8 +89,8 @@ class WorkerConfig:
     that waited for 10 s before others), or `fcfs`, the one that came first.
     """
 
-    max_running_requests: int = 256
-    """Most sequences that run at once."""
+    max_running_requests: int | None = None
+    """Most sequences that run at once. Default: 512 on GPUs of 60 GiB and more, else 256."""
 
     max_queued_requests: int = 4096
     """Most sequences that may wait; more are refused with RESOURCE_EXHAUSTED."""
@@ -151,7 +151,7 @@ class WorkerConfig:
     """Process to die with; set by the launcher."""
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "page_size", "max_running_requests"):
+        for name in ("tp_size", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.base_gpu_id < 0:
@@ -168,7 +168,7 @@ class WorkerConfig:
             node_rank=self.node_rank,
             nccl_init_addr=self.nccl_init_addr,
         )
-        for name in ("context_length", "chunked_prefill_size"):
+        for name in ("context_length", "chunked_prefill_size", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")

@@ -19,14 +19,18 @@ from services.bench.figures import distribution, number, table
 
 # Enough steps to load every kernel; the shapes are the measured batch's own.
 _WARMUP_OUTPUT_LEN = 8
+# Every device runs so many rows without being asked.
+_SURE_ROWS = 256
 
 
 def bench_latency(config: LatencyConfig) -> None:
     """Measure every batch, print, write JSON. Raises ValueError for batches that do not fit."""
     options = config.engine.engine_options()
     # A batch is static: all of its rows run.
-    rows = max(options.max_running_sequences, *config.batch_size)
-    engine = build_engine(config.engine, replace(options, max_running_sequences=rows))
+    if options.max_running_sequences is not None or max(config.batch_size) > _SURE_ROWS:
+        rows = max(options.max_running_sequences or 0, *config.batch_size)
+        options = replace(options, max_running_sequences=rows)
+    engine = build_engine(config.engine, options)
     cases = list(itertools.product(config.batch_size, config.input_len, config.output_len))
     try:
         for size, input_len, output_len in cases:

@@ -35,7 +35,8 @@ class EngineOptions:
     profile_dir: Path | None = None
     """Where traces go; None refuses to record."""
     context_length: int | None = None
-    max_running_sequences: int = 256
+    max_running_sequences: int | None = None
+    """None goes by the device's memory."""
     chunked_prefill_size: int | None = None
     """Most tokens a step computes; None goes by the device's memory."""
     schedule_policy: Literal["lpm", "fcfs"] = "lpm"

@@ -148,7 +148,7 @@ def test_decode_graphs_cover_the_running_sequences() -> None:
 
 def test_graphs_need_a_backend_that_can_be_captured(config: ModelConfig) -> None:
     for backend in ("flashinfer", "triton"):
-        assert decide_graph_sizes(options(), backend)[:4] == (1, 2, 4, 8)
-        assert decide_graph_sizes(options(disable_cuda_graph=True), backend) == ()
-    assert decide_graph_sizes(options(), "torch") == ()
+        assert decide_graph_sizes(options(), backend, 256)[:4] == (1, 2, 4, 8)
+        assert decide_graph_sizes(options(disable_cuda_graph=True), backend, 256) == ()
+    assert decide_graph_sizes(options(), "torch", 256) == ()
     assert plan_of(config, 10**9).graph_sizes == ()

@@ -16,7 +16,7 @@ from services.worker.engine.runner.profile import (
     run_largest_steps,
     run_steps_of_all_sizes,
 )
-from services.worker.engine.runner.setup import decide_step_tokens
+from services.worker.engine.runner.setup import decide_max_running, decide_step_tokens
 
 USE = MemoryUse(
     total=80 * GIB,
@@ -27,6 +27,9 @@ USE = MemoryUse(
     reserve=GIB // 2,
 )
 OPTIONS = EngineOptions(model_path=Path("m"), tokenizer_path=Path("m"))
+
+
+STEP = "a step of 8192 tokens and 256 sequences"
 
 
 def test_the_pool_is_what_is_left() -> None:
@@ -41,13 +44,13 @@ def test_a_fraction_bounds_weights_and_pool_together() -> None:
 
 
 def test_enough_memory_is_no_error() -> None:
-    USE.check_pool(OPTIONS, 8192, USE.pool(None), "a sequence")
+    USE.check_pool(OPTIONS, STEP, USE.pool(None), "a sequence")
 
 
 def test_what_is_missing_is_said_with_what_it_was_for_and_what_helps() -> None:
     small = replace(USE, total=24 * GIB, free_at_start=22 * GIB)
     with pytest.raises(ModelTooLargeError) as raised:
-        small.check_pool(OPTIONS, 8192, 16 * GIB, "the keys and values of one sequence")
+        small.check_pool(OPTIONS, STEP, 16 * GIB, "the keys and values of one sequence")
     message = str(raised.value)
     assert "13.50 GiB are missing" in message
     assert "22.00 of 24.00 GiB were free" in message
@@ -58,7 +61,7 @@ def test_what_is_missing_is_said_with_what_it_was_for_and_what_helps() -> None:
         assert flag in message
     assert "--mem-fraction-static" not in message
     with pytest.raises(ModelTooLargeError, match="a larger --mem-fraction-static"):
-        USE.check_pool(replace(OPTIONS, mem_fraction_static=0.2), 8192, 16 * GIB, "a sequence")
+        USE.check_pool(replace(OPTIONS, mem_fraction_static=0.2), STEP, 16 * GIB, "a sequence")
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,8 @@ def test_the_largest_step_has_all_tokens_in_all_rows_and_runs() -> None:
     assert len(runner.result().prompt_logprobs[0].token_ids) == 99
     run_steps_of_all_sizes(runner, replace(plan, max_step_tokens=20))
     runner.close()
+
+
+def test_large_gpus_run_more_sequences_unless_told_otherwise() -> None:
+    assert [decide_max_running(OPTIONS, gib * GIB) for gib in (0, 24, 79)] == [256, 256, 512]
+    assert decide_max_running(replace(OPTIONS, max_running_sequences=7), 79 * GIB) == 7

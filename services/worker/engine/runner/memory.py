@@ -56,10 +56,11 @@ class MemoryUse:
             return fitting
         return min(fitting, int(self.free_at_start * fraction) - self.weights)
 
-    def check_pool(
-        self, options: EngineOptions, step_tokens: int, num_bytes: int, what: str
-    ) -> None:
-        """Raise ModelTooLargeError unless `num_bytes` for `what` are there."""
+    def check_pool(self, options: EngineOptions, step: str, num_bytes: int, what: str) -> None:
+        """Raise ModelTooLargeError unless `num_bytes` for `what` are there.
+
+        `step` says how large the largest step is.
+        """
         missing = num_bytes - self.pool(options.mem_fraction_static)
         if missing <= 0:
             return
@@ -68,8 +69,7 @@ class MemoryUse:
         raise ModelTooLargeError(
             f"the model is too large for the GPU: {gib(missing)} GiB are missing. "
             f"{gib(self.free_at_start)} of {gib(self.total)} GiB were free{share}; needed are "
-            f"{gib(self.weights)} for weights, {gib(self.step)} for a step of "
-            f"{step_tokens} tokens and {options.max_running_sequences} sequences, "
+            f"{gib(self.weights)} for weights, {gib(self.step)} for {step}, "
             f"{gib(self.graphs)} for CUDA graphs, {gib(self.reserve)} in reserve and "
             f"{gib(num_bytes)} for {what}. What helps: {', '.join(remedies(options))}"
         )

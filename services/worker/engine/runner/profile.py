@@ -90,13 +90,13 @@ def pool_budget(
         device_bytes=total,
     )
     use = MemoryUse(total=total, free_at_start=free_at_start, weights=free_at_start - free)
+    step = f"a step of {draft.max_step_tokens} tokens and {draft.max_running_sequences} sequences"
     try:
         use = _measured(use, model, draft, group, device)
     except torch.OutOfMemoryError as error:
         raise ModelTooLargeError(
             f"the model is too large for the GPU: beside its weights, {gib(free)} GiB do not "
-            f"suffice for a step of {draft.max_step_tokens} tokens and "
-            f"{options.max_running_sequences} sequences. What helps: {', '.join(remedies(options))}"
+            f"suffice for {step}. What helps: {', '.join(remedies(options))}"
         ) from error
     logger.info(
         "event=memory_measured total_gib=%s weights_gib=%s step_gib=%s graphs_gib=%s pool_gib=%s",
@@ -106,13 +106,11 @@ def pool_budget(
     # One page more is the padding rows'.
     if options.num_pages is not None:
         what = f"the {options.num_pages * options.page_size} tokens of --max-total-tokens"
-        use.check_pool(options, draft.max_step_tokens, (options.num_pages + 1) * per_page, what)
+        use.check_pool(options, step, (options.num_pages + 1) * per_page, what)
     else:
         length = decide_context_length(options, model.config)
         what = f"the keys and values of one sequence of {length} tokens"
-        use.check_pool(
-            options, draft.max_step_tokens, (-(-length // options.page_size) + 1) * per_page, what
-        )
+        use.check_pool(options, step, (-(-length // options.page_size) + 1) * per_page, what)
     return use.pool(options.mem_fraction_static) - per_page
 
 

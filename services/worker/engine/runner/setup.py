@@ -43,6 +43,10 @@ _TRITON_MAX_HEAD_DIM = 256
 _STEP_TOKENS = ((35, 2048), (60, 4096), (160, 8192))
 _MOST_STEP_TOKENS = 16384
 
+# Sequences at once: smaller GPUs and CPUs have no room for the logits and caches of more.
+_MAX_RUNNING, _MAX_RUNNING_LARGE = 256, 512
+_LARGE_DEVICE_BYTES = 60 * 1024**3
+
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
 
@@ -87,6 +91,13 @@ def decide_step_tokens(options: EngineOptions, device_bytes: int) -> int:
         if device_bytes < limit * 1024**3:
             return num_tokens
     return _MOST_STEP_TOKENS
+
+
+def decide_max_running(options: EngineOptions, device_bytes: int) -> int:
+    """Sequences that run at once; `device_bytes` as in `decide_step_tokens`."""
+    if options.max_running_sequences is not None:
+        return options.max_running_sequences
+    return _MAX_RUNNING if device_bytes < _LARGE_DEVICE_BYTES else _MAX_RUNNING_LARGE
 
 
 def device_memory(device: torch.device) -> int:
@@ -170,11 +181,13 @@ def _triton_obstacle(config: ModelConfig, device: torch.device) -> str | None:
     return None
 
 
-def decide_graph_sizes(options: EngineOptions, backend: str) -> tuple[int, ...]:
+def decide_graph_sizes(
+    options: EngineOptions, backend: str, max_running_sequences: int
+) -> tuple[int, ...]:
     """Graphs hold decode steps; the torch backend's depend on the rows' lengths."""
     if backend == "torch" or options.disable_cuda_graph:
         return ()
-    return decode_graph_sizes(options.max_running_sequences)
+    return decode_graph_sizes(max_running_sequences)
 
 
 def decide_plan(
@@ -202,6 +215,7 @@ def decide_plan(
     kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
     is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
     max_step_tokens = decide_step_tokens(options, device_bytes)
+    max_running_sequences = decide_max_running(options, device_bytes)
     num_pages = options.num_pages or fitting_pages(
         free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
@@ -216,13 +230,13 @@ def decide_plan(
         context_length=min(decide_context_length(options, config), num_pages * options.page_size),
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
-        max_running_sequences=options.max_running_sequences,
+        max_running_sequences=max_running_sequences,
         max_step_tokens=max_step_tokens,
         schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
         quantization="fp8" if is_fp8 else None,
         attention_reduce_in_fp32=options.attention_reduce_in_fp32,
-        graph_sizes=decide_graph_sizes(options, backend),
+        graph_sizes=decide_graph_sizes(options, backend, max_running_sequences),
         piece_graph_sizes=(
             piece_graph_sizes(max_step_tokens)
             if backend != "torch" and not options.disable_cuda_graph
