@@ -175,6 +175,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, choices=(1, 2), help="steps in flight")
     parser.add_argument("--attention-backend")
     parser.add_argument("--disable-cuda-graph", action="store_true")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--disable-custom-all-reduce", action="store_true")
     arguments = parser.parse_args()
     switches = {"disable_cuda_graph": True} if arguments.disable_cuda_graph else {}
     started = time.perf_counter()
@@ -187,6 +189,8 @@ def main() -> None:
             page_size=arguments.page_size,
             context_length=8192,
             attention_backend=arguments.attention_backend,
+            tp_size=arguments.tp,
+            disable_custom_all_reduce=arguments.disable_custom_all_reduce,
             chunked_prefill_size=max(2048, *arguments.prefills, 0) + arguments.beside,
             max_running_sequences=max(256, *arguments.batches),
             **switches,

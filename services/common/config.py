@@ -70,6 +70,12 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def set_default_environment(defaults: Mapping[str, str]) -> None:
+    """Set what the environment leaves open, for libraries that read it and for all children."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 def kernel_cache_environment(directory: Path | None) -> dict[str, str]:
     """Where Triton, FlashInfer and torch's compiler keep kernels; empty for their own places."""
     if directory is None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.model_files import builtin_model_path
+from services.common.nodes import check_nodes, check_p2p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,26 @@ class ServeConfig:
 
     dp: Annotated[int, Parameter(name=["--dp", "--dp-size", "--data-parallel-size"])] = 1
     """Replicas of the model; the scheduler spreads requests over them."""
+
+    nnodes: int = 1
+    """Hosts that share one replica, `tp / nnodes` ranks each."""
+
+    node_rank: int = 0
+    """Which of the hosts this is; host 0 serves, the others only compute."""
+
+    nccl_init_addr: Annotated[
+        str | None, Parameter(name=["--nccl-init-addr", "--nccl-init", "--dist-init-addr"])
+    ] = None
+    """`host:port` of host 0 where the ranks meet. Default: a free port of this host."""
+
+    enable_p2p_check: bool = False
+    """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
+
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
+    base_gpu_id: int = 0
+    """First GPU to take; each replica takes the `tp` GPUs after those of the one before."""
 
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
@@ -113,6 +134,26 @@ class ServeConfig:
         for name in ("tp", "dp", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.base_gpu_id < 0:
+            raise ValueError(f"base-gpu-id must be >= 0, got {self.base_gpu_id}")
+        check_p2p(
+            enabled=self.enable_p2p_check,
+            device=self.device,
+            nnodes=self.nnodes,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+        )
+        check_nodes(
+            tp=self.tp,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+        )
+        if self.dp > 1 and self.nnodes > 1:
+            raise ValueError(
+                f"dp must be 1 with nnodes > 1, got {self.dp}: start one system for each replica"
+            )
+        if self.dp > 1 and self.nccl_init_addr is not None:
+            raise ValueError(f"nccl-init-addr is of one replica, but dp is {self.dp}")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem-fraction-static must be within (0, 1], got {self.mem_fraction_static}"

@@ -62,6 +62,8 @@ async def serve(config: ServeConfig) -> None:
 
 def ready_message(config: ServeConfig) -> str:
     """What a newcomer needs next: where it listens, and a request to paste."""
+    if config.node_rank > 0:
+        return f"\nNode {config.node_rank} has joined; node 0 serves.\n"
     base = f"http://{config.host}:{config.port}"
     body = {
         "model": "default",

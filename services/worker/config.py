@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.model_files import builtin_model_path
+from services.common.nodes import check_nodes, check_p2p
 from services.worker.engine.options import EngineOptions
 
 
@@ -45,7 +46,27 @@ class WorkerConfig:
     """Placement hint `key=value`, such as zone or rack; may be given repeatedly."""
 
     tp_size: Annotated[int, Parameter(name=["--tp-size", "--tp", "--tensor-parallel-size"])] = 1
-    """Ranks that share the replica."""
+    """Ranks that share the replica, a GPU each."""
+
+    nnodes: int = 1
+    """Hosts that share the replica, `tp-size / nnodes` ranks each."""
+
+    node_rank: int = 0
+    """Which of the hosts this is; host 0 serves, the others only compute."""
+
+    nccl_init_addr: Annotated[
+        str | None, Parameter(name=["--nccl-init-addr", "--nccl-init", "--dist-init-addr"])
+    ] = None
+    """`host:port` of host 0 where the ranks meet. Default: a free port of this host."""
+
+    enable_p2p_check: bool = False
+    """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
+
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
+    base_gpu_id: int = 0
+    """First GPU that this worker takes."""
 
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
@@ -127,6 +148,20 @@ class WorkerConfig:
         for name in ("tp_size", "page_size", "max_running_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.base_gpu_id < 0:
+            raise ValueError(f"base_gpu_id must be >= 0, got {self.base_gpu_id}")
+        check_p2p(
+            enabled=self.enable_p2p_check,
+            device=self.device,
+            nnodes=self.nnodes,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+        )
+        check_nodes(
+            tp=self.tp_size,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+        )
         for name in ("context_length", "chunked_prefill_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -185,4 +220,10 @@ class WorkerConfig:
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+            enable_p2p_check=self.enable_p2p_check,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+            base_gpu_id=self.base_gpu_id,
         )

@@ -85,6 +85,10 @@ class TimedRunner:
         self.times.result_ns += time.perf_counter_ns() - arrived_ns
         return result
 
+    def check(self) -> None:
+        """As `runner` does."""
+        self._runner.check()
+
     def close(self) -> None:
         """Nothing: the runner belongs to who made it."""
 

@@ -40,7 +40,7 @@ _NO_RECORDER = ProfileState(
     error="profiling is off: start the worker with --profile-dir DIRECTORY", is_refusal=True
 )
 
-# An engine that is idle for this long looks after itself before it sleeps on.
+# An engine that is idle for this long looks after itself, and its runner, before it sleeps on.
 _UPKEEP_AFTER_S = 1.0
 
 
@@ -78,7 +78,7 @@ class EngineLoop:
     """Sequences the scheduler and the runner, and owns neither.
 
     Garbage collection is off while it runs; it collects, and checks the scheduler's invariants,
-    once in each idle time.
+    once in each idle time. While idle it asks the runner now and then whether it still could.
     """
 
     def __init__(
@@ -153,8 +153,9 @@ class EngineLoop:
 
     def _take_messages(self) -> None:
         idle = self._scheduler.num_live == 0 and self._scheduler.num_issued == 0
-        timeout_s = None if self._was_upkept else self._upkeep_after_s
-        messages = self._inbox.receive(block=idle, timeout_s=timeout_s if idle else 0.0)
+        messages = self._inbox.receive(block=idle, timeout_s=self._upkeep_after_s if idle else 0.0)
+        if idle and not messages:
+            self._runner.check()
         if messages:
             self._was_upkept = False
         elif idle and not self._was_upkept:

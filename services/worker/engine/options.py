@@ -43,6 +43,22 @@ class EngineOptions:
     num_pages: int | None = None
     """Pages of the pool; None sizes it from free memory."""
     tp_size: int = 1
+    """Ranks that share the replica, `tp_size / nnodes` on each node."""
+    nnodes: int = 1
+    node_rank: int = 0
+    """Which node this is; node 0 has rank 0."""
+    nccl_init_addr: str | None = None
+    """"host:port" where rank 0 is met; None picks a port of this host."""
+    enable_p2p_check: bool = False
+    """Verify direct writes between GPUs at start, rather than trust the driver."""
+    disable_custom_all_reduce: bool = False
+    """Leave small messages to NCCL, too."""
+    base_gpu_id: int = 0
+    """GPU of this node's first rank; the others take the next ones."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tp_size // self.nnodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

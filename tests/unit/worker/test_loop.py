@@ -80,16 +80,29 @@ def test_the_loop_waits_only_while_it_is_idle():
     assert [block for block, _ in inbox.calls] == [True, False, True]
 
 
-def test_idle_upkeep_happens_once_and_then_the_loop_sleeps():
+def test_idle_upkeep_happens_once_in_each_idle_time():
     engine = EngineDriver()
     request = make_request(1, PROMPT, max_new_tokens=1)
     loop, inbox = scripted_loop(engine, [], [], [request], [], [])
+    upkept = []
     for _ in range(5):
         loop.step()
-    is_patient = [timeout_s is None for _, timeout_s in inbox.calls]
+        upkept.append(loop._was_upkept)
     # Upkeep after the first call, work after the third: the fourth is due for upkeep again.
-    assert is_patient == [False, True, True, False, True]
-    assert all(block for block, _ in inbox.calls)
+    assert upkept == [True, True, False, True, True]
+    assert all(block and timeout_s is not None for block, timeout_s in inbox.calls)
+
+
+def test_an_idle_loop_asks_its_runner_whether_it_still_works():
+    engine = EngineDriver()
+    request = make_request(1, PROMPT, max_new_tokens=1)
+    loop, _ = scripted_loop(engine, [], [], [request], [], [], [])
+    for _ in range(5):
+        loop.step()
+    assert engine.runner.num_checks == 4
+    engine.runner.failure = RuntimeError("a rank is gone")
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        loop.run()
 
 
 def test_upkeep_finds_a_leak():

@@ -18,6 +18,18 @@ def test_sglangs_names_of_tensor_parallelism_work(flag: str) -> None:
     assert parse(flag, "2").tp_size == 2
 
 
+@pytest.mark.parametrize("flag", ["--nccl-init-addr", "--nccl-init", "--dist-init-addr"])
+def test_sglangs_names_of_several_nodes_work(flag: str) -> None:
+    options = parse(
+        *("--tp", "4", "--nnodes", "2", "--node-rank", "1", flag, "node-0:5000"),
+        *("--disable-custom-all-reduce", "--base-gpu-id", "2"),
+    ).engine_options()
+    assert (options.nnodes, options.node_rank, options.ranks_per_node) == (2, 1, 2)
+    assert options.nccl_init_addr == "node-0:5000"
+    assert options.disable_custom_all_reduce
+    assert options.base_gpu_id == 2
+
+
 def test_flags_become_the_engines_options() -> None:
     config = parse(
         *("--model-path", "/m/llama", "--max-total-tokens", "1000", "--page-size", "32"),

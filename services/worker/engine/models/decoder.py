@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
-from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
+from services.worker.engine.layers.embedding import (
+    VocabularyShard,
+    compute_largest,
+    compute_logits,
+    embed,
+)
 from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
@@ -228,3 +233,7 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R, V] in float32."""
         return compute_logits(self._head, hidden)
+
+    def largest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] -> [R] ids of the largest logits, without bringing all logits to every rank."""
+        return compute_largest(self._head, hidden)

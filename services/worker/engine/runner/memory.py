@@ -111,12 +111,13 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     return free, total
 
 
-def host_pool_bytes(fraction: float, tp_size: int) -> int:
+def host_pool_bytes(fraction: float, ranks_per_node: int) -> int:
     """Bytes for one rank's pool on CPUs, once its weights are loaded.
 
-    `fraction` of what is available, shared by the ranks; at most MAX_CPU_POOL_BYTES for all.
+    `fraction` of what is available, shared by the host's ranks; at most MAX_CPU_POOL_BYTES
+    for all of them.
     """
-    return min(int(_available_host_bytes() * fraction), MAX_CPU_POOL_BYTES) // tp_size
+    return min(int(_available_host_bytes() * fraction), MAX_CPU_POOL_BYTES) // ranks_per_node
 
 
 def _available_host_bytes() -> int:

@@ -40,8 +40,9 @@ class _Forwarded:
 
     plan: StepPlan
     inputs: StepInputs
-    # [R, V]
-    logits: torch.Tensor
+    # [R, V]; None where `largest`, [R], says all that is wanted.
+    logits: torch.Tensor | None
+    largest: torch.Tensor | None
     # In the order of StepPlan.prompt_logprobs.
     prompt_logprobs: list[PositionLogprobs]
 
@@ -83,6 +84,7 @@ class ModelRunner:
         self._model = model
         self._backend = backend
         self._reports = reports
+        self._shares_vocabulary = plan.tp_size > 1
         num_slots = plan.max_running_sequences
         self._tables = SlotTables(
             num_slots=num_slots,
@@ -134,7 +136,7 @@ class ModelRunner:
             self._sampling.assign(assignment)
         if self._graphs is not None and self._graphs.takes(plan):
             inputs, hidden = self._graphs.forward(plan)
-            self._forwarded.append(_Forwarded(plan, inputs, self._model.logits(hidden), []))
+            self._forwarded.append(self._forwarded_with(hidden, plan, inputs, []))
             return
         if self._pieces is not None and self._pieces.takes(plan):
             inputs, hidden = self._pieces.forward(plan)
@@ -147,22 +149,46 @@ class ModelRunner:
         ]
         if inputs.sample_tokens is not None:
             hidden = hidden.index_select(0, inputs.sample_tokens)
-        logits = self._model.logits(hidden)[: len(plan.sample_rows)]
-        self._forwarded.append(_Forwarded(plan, inputs, logits, prompt_logprobs))
+        self._forwarded.append(self._forwarded_with(hidden, plan, inputs, prompt_logprobs))
+
+    def _forwarded_with(
+        self,
+        hidden: torch.Tensor,
+        plan: StepPlan,
+        inputs: StepInputs,
+        prompt_logprobs: list[PositionLogprobs],
+    ) -> _Forwarded:
+        """[at least R, E] -> what sampling needs of the step."""
+        num_rows = len(plan.sample_rows)
+        # All ranks know the same of the rows, so all choose the same collective.
+        if self._shares_vocabulary and self._sampling.takes_largest(
+            inputs.sample_slots, inputs.sample_positions
+        ):
+            largest = self._model.largest(hidden)[:num_rows]
+            return _Forwarded(plan, inputs, None, largest, prompt_logprobs)
+        logits = self._model.logits(hidden)[:num_rows]
+        return _Forwarded(plan, inputs, logits, None, prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self) -> None:
         """Issue sampling for the newest forward pass."""
         forwarded = self._forwarded.pop()
         inputs, logits = forwarded.inputs, forwarded.logits
-        batch = self._sampling.batch(inputs.sample_slots, inputs.sample_positions)
-        reported = batch.logprob_rows if self._reports else []
-        raw_logits = logits[reported] if reported else None
-        token_ids = sample(logits, batch, self._counts)
-        self._tables.note_sampled(inputs.sampled_slots, token_ids)
+        reported: list[int] = []
+        specs: list[LogprobSpec] = []
         logprobs = None
-        if raw_logits is not None:
-            logprobs = compute_logprobs(raw_logits, token_ids[reported], batch.logprob_specs)
+        if logits is None:
+            assert forwarded.largest is not None, "one of the two is known"
+            token_ids = forwarded.largest
+        else:
+            batch = self._sampling.batch(inputs.sample_slots, inputs.sample_positions)
+            if self._reports:
+                reported, specs = batch.logprob_rows, batch.logprob_specs
+            raw_logits = logits[reported] if reported else None
+            token_ids = sample(logits, batch, self._counts)
+            if raw_logits is not None:
+                logprobs = compute_logprobs(raw_logits, token_ids[reported], specs)
+        self._tables.note_sampled(inputs.sampled_slots, token_ids)
         if self._reports:
             self._sampled.append(
                 _Sampled(
@@ -171,12 +197,19 @@ class ModelRunner:
                     # Memory for such copies is pinned, so the host goes on at once.
                     token_ids=token_ids.to("cpu", non_blocking=True),
                     logprob_rows=reported,
-                    logprob_specs=batch.logprob_specs,
+                    logprob_specs=specs,
                     logprobs=None if logprobs is None else logprobs.to_host(),
                     prompt_logprobs=[each.to_host() for each in forwarded.prompt_logprobs],
                     is_filled=self._event(),
                 )
             )
+
+    def has_result(self) -> bool:
+        """Whether `result` would not wait. Raises RuntimeError when the device failed."""
+        is_filled = self._sampled[0].is_filled
+        if is_filled is None:
+            return True
+        return bool(is_filled.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
         """Wait for the oldest sampled step that was not read yet."""
@@ -209,10 +242,15 @@ class ModelRunner:
         event.record()
         return event
 
+    def check(self) -> None:
+        """Nothing here fails without a step."""
+
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Drop what is in flight and the graphs, which keep the group's collectives in use."""
         self._forwarded.clear()
         self._sampled.clear()
+        self._graphs = None
+        self._pieces = None
 
     def _prompt_logprobs(
         self,

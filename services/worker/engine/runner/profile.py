@@ -74,15 +74,19 @@ def pool_budget(
     context length or the number of pages asked for does not fit a GPU.
     """
     if device.type == "cpu":
-        return host_pool_bytes(options.mem_fraction_static or _HOST_FRACTION, group.size)
+        return host_pool_bytes(
+            options.mem_fraction_static or _HOST_FRACTION, options.ranks_per_node
+        )
     per_page = rank_page_bytes(options, model.config, device)
     free, total = free_memory(device)
+    # Steps must be the same on all ranks, and a draft's context length depends on what is free.
+    smallest_free = int(group.all_gather(torch.tensor([free], device=device)).min())
     draft = decide_plan(
         options,
         model.config,
         device=device,
         eos_token_ids=(),
-        pool_budget_bytes=max(free, per_page),
+        pool_budget_bytes=max(smallest_free, per_page),
         device_bytes=total,
     )
     use = MemoryUse(total=total, free_at_start=free_at_start, weights=free_at_start - free)

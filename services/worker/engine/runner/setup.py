@@ -106,13 +106,13 @@ def check_tp_size(tp_size: int, config: ModelConfig) -> None:
         )
 
 
-def decide_num_threads(weight_bytes: int, num_threads: int, tp_size: int) -> int:
-    """Threads of one rank on a CPU, of the `num_threads` that torch has for all.
+def decide_num_threads(weight_bytes: int, num_threads: int, ranks_per_node: int) -> int:
+    """Threads of one rank on a CPU, of the `num_threads` that torch has for all of this host.
 
     A step reads all weights once; below some share a thread, handing work out costs more than it
     saves, most of all when other processes want the cores.
     """
-    return max(1, min(num_threads // tp_size, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
+    return max(1, min(num_threads // ranks_per_node, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
 def decide_attention_backend(
@@ -261,7 +261,9 @@ def load_model(
         check_weights(options, outline.num_bytes, device)
     model = Decoder(config, context_length, placement)
     if device.type == "cpu":
-        threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
+        threads = decide_num_threads(
+            placement.num_bytes, torch.get_num_threads(), options.ranks_per_node
+        )
         torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
@@ -284,8 +286,13 @@ def compiled_kernels(
     return CompiledKernels()
 
 
-def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner:
-    """The rank's page pool, attention backend and runner around a loaded model."""
+def make_runner(
+    model: Decoder, plan: EnginePlan, group: TpGroup, *, reports: bool = True
+) -> ModelRunner:
+    """The rank's page pool, attention backend and runner around a loaded model.
+
+    All ranks call it together. Without `reports` the runner has no results to read.
+    """
     config = model.config
     device = torch.device(plan.device)
     pool = PagePool(
@@ -298,14 +305,13 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         dtype=getattr(torch, plan.dtype),
         device=device,
     )
-    is_leader = group.rank == 0
     if plan.attention_backend == "torch":
         torch_backend = TorchAttention(pool, reduce_in_fp32=plan.attention_reduce_in_fp32)
         return ModelRunner(
-            model=model, backend=torch_backend, plan=plan, device=device, reports=is_leader
+            model=model, backend=torch_backend, plan=plan, device=device, reports=reports
         )
     backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
-    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
+    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=reports)
     if plan.graph_sizes:
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
