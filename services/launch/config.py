@@ -97,6 +97,12 @@ class ServeConfig:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
+    quantization: Literal["fp8"] | None = None
+    """`fp8` keeps linear layers in FP8 (E4M3). Default: as the checkpoint has them."""
+
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Number format of the key/value cache; `auto` is that of activations."""
+
     attention_backend: str | None = None
     """`flashinfer`, `triton` or `torch`. Default: the best that can run the model."""
 

@@ -137,6 +137,8 @@ def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...
         "--dtype": config.dtype,
         "--device": config.device,
         "--load-format": config.load_format,
+        "--quantization": config.quantization,
+        "--kv-cache-dtype": config.kv_cache_dtype,
         "--attention-backend": config.attention_backend,
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,

@@ -27,6 +27,10 @@ class EngineOptions:
     """Launch every kernel of a decode step by itself."""
     load_format: str = "safetensors"
     """"safetensors", or "dummy" for random weights in the configuration's shapes."""
+    quantization: str | None = None
+    """"fp8" keeps linear layers in FP8; None as the checkpoint has them."""
+    kv_cache_dtype: str = "auto"
+    """"fp8_e4m3" or "fp8_e5m2" halve what a token of the pool takes; "auto" is the dtype."""
     page_size: int = 16
     profile_dir: Path | None = None
     """Where traces go; None refuses to record."""
@@ -68,6 +72,8 @@ class EnginePlan:
     device: str
     dtype: str
     attention_backend: str
+    kv_cache_dtype: str
+    """The pool's; torch's name of it."""
     page_size: int
     num_pages: int
     context_length: int
@@ -76,6 +82,8 @@ class EnginePlan:
     max_running_sequences: int
     max_step_tokens: int
     tp_size: int
+    quantization: str | None = None
+    """"fp8" where linear layers are kept so."""
     schedule_policy: Literal["lpm", "fcfs"] = "lpm"
     attention_reduce_in_fp32: bool = False
     graph_sizes: tuple[int, ...] = ()

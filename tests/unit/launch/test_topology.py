@@ -60,6 +60,8 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
             dtype="bfloat16",
             device="cpu",
             load_format="dummy",
+            quantization="fp8",
+            kv_cache_dtype="fp8_e5m2",
             attention_backend="torch",
             disable_flashinfer=True,
             attention_reduce_in_fp32=True,
@@ -76,6 +78,7 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
     assert (worker.context_length, worker.max_total_tokens) == (512, 4096)
     assert (worker.chunked_prefill_size, worker.max_running_requests) == (64, 5)
     assert (worker.dtype, worker.device, worker.load_format) == ("bfloat16", "cpu", "dummy")
+    assert (worker.quantization, worker.kv_cache_dtype) == ("fp8", "fp8_e5m2")
     assert (worker.attention_backend, worker.disable_cuda_graph) == ("torch", True)
     assert (worker.disable_flashinfer, worker.attention_reduce_in_fp32) == (True, True)
 

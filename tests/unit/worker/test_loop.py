@@ -190,6 +190,7 @@ def test_a_loop_is_built_from_the_engines_plan():
         device="cpu",
         dtype="float32",
         attention_backend="torch",
+        kv_cache_dtype="float32",
         page_size=4,
         num_pages=16,
         context_length=40,

@@ -37,6 +37,7 @@ def test_flags_become_the_engines_options() -> None:
         *("--mem-fraction-static", "0.5", "--chunked-prefill-size", "64", "--device", "cpu"),
         *("--attention-backend", "torch", "--disable-cuda-graph", "--enable-torch-compile"),
         *("--disable-flashinfer", "--attention-reduce-in-fp32", "--schedule-policy", "fcfs"),
+        *("--quantization", "fp8", "--kv-cache-dtype", "fp8_e5m2"),
     )
     assert config.engine_options() == EngineOptions(
         model_path=Path("/m/llama"),
@@ -50,6 +51,8 @@ def test_flags_become_the_engines_options() -> None:
         attention_backend="torch",
         disable_flashinfer=True,
         attention_reduce_in_fp32=True,
+        quantization="fp8",
+        kv_cache_dtype="fp8_e5m2",
         disable_cuda_graph=True,
         enable_torch_compile=True,
         schedule_policy="fcfs",
@@ -73,6 +76,8 @@ def test_repeated_flags_gather() -> None:
         ("--label", "zone"),
         ("--max-total-tokens", "3"),
         ("--role", "none"),
+        ("--quantization", "int4"),
+        ("--kv-cache-dtype", "fp8"),
         ("--schedule-policy", "random"),
         ("--unknown", "1"),
     ],

@@ -1,10 +1,11 @@
 """Attention by FlashInfer's paged kernels (Ye et al., arXiv 2501.01005), for CUDA devices.
 
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
-the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Decode
-rows that share long prefixes take two passes and a merge, which no graph captures. Layers
-with a sliding window, a soft cap or an unusual scale (`can_run` is the rule) are computed by the
-Triton backend, in graphs too; so are all layers of captured steps of few rows, where it is faster.
+the prefill wrapper (FA3 on Hopper, FA2 elsewhere and for FP8 keys and values, which FA3 takes
+with FP8 queries only), so a mixed step is two calls a layer. Decode rows that share long prefixes
+take two passes and a merge, which no graph captures. Layers with a sliding window, a soft cap or
+an unusual scale (`can_run` is the rule) are computed by the Triton backend, in graphs too; so are
+all layers of captured steps of few rows, where it is faster.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -65,19 +66,22 @@ class FlashInferAttention:
         others: TritonAttention,
         has_other_layers: bool,
         few_rows: int = _FEW_ROWS,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`others`, over the same pool, computes the layers that FlashInfer does not take.
+        """`dtype` is the queries'; None: the pool's.
 
-        Of captured steps of at most `few_rows` rows, it computes every layer.
+        `others`, over the same pool, computes the layers that FlashInfer does not take; of captured
+        steps of at most `few_rows` rows, it computes every layer.
         """
         self._pool = pool
+        self._dtype = dtype or pool.tensor.dtype
         self._others = others
         self._has_other_layers = has_other_layers
         self._few_rows = few_rows
         self._others_take_all = False
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
-        device, self._dtype = pool.tensor.device, pool.tensor.dtype
+        device = pool.tensor.device
         self._float_workspace = torch.zeros(
             _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
         )
@@ -85,7 +89,7 @@ class FlashInferAttention:
         self._cascade = CascadeCalls(self._float_workspace, self._decode, self._shape_arguments())
         self._prefixes = PrefixFinder(
             page_size=pool.page_size,
-            token_bytes=2 * self._num_kv_heads * self._head_dim * self._dtype.itemsize,
+            token_bytes=2 * self._num_kv_heads * self._head_dim * pool.tensor.dtype.itemsize,
         )
         self._prefill = [
             flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD")
@@ -124,7 +128,7 @@ class FlashInferAttention:
                 self._pool.page_size,
                 causal=True,
                 q_data_type=self._dtype,
-                kv_data_type=self._dtype,
+                kv_data_type=self._pool.tensor.dtype,
             )
             tokens = slice(num_single, num_single + int(first_tokens[-1]))
             self._parts.append(_Part(tokens, wrapper))
@@ -194,7 +198,7 @@ class FlashInferAttention:
             "head_dim": self._head_dim,
             "page_size": self._pool.page_size,
             "q_data_type": self._dtype,
-            "kv_data_type": self._dtype,
+            "kv_data_type": self._pool.tensor.dtype,
         }
 
 

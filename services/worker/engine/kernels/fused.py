@@ -107,8 +107,8 @@ def _rotate(
 
 @triton.jit
 def _write(
-    k, v, keys, values, locations, k_stride, v_stride, size, BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    k, v, keys, values, locations, k_stride, v_stride, size, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         allow_dependents()
@@ -117,8 +117,13 @@ def _write(
     target = tl.load(locations + token) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    tl.store(keys + target + columns, tl.load(k + token * k_stride + columns, inside), inside)
-    tl.store(values + target + columns, tl.load(v + token * v_stride + columns, inside), inside)
+    new_keys = tl.load(k + token * k_stride + columns, inside)
+    new_values = tl.load(v + token * v_stride + columns, inside)
+    if LARGEST is not None:
+        new_keys = tl.minimum(tl.maximum(new_keys.to(tl.float32), -LARGEST), LARGEST)
+        new_values = tl.minimum(tl.maximum(new_values.to(tl.float32), -LARGEST), LARGEST)
+    tl.store(keys + target + columns, new_keys.to(keys.dtype.element_ty), inside)
+    tl.store(values + target + columns, new_values.to(values.dtype.element_ty), inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -202,9 +207,13 @@ def write_kv(
     values: torch.Tensor,
     locations: torch.Tensor,
 ) -> None:
-    """[T, K, D] keys and values to places [T] of the pool's layer, [pages, page size, K, D]."""
+    """[T, K, D] keys and values to places [T] of the pool's layer, [pages, page size, K, D].
+
+    What an FP8 pool cannot hold becomes its largest value of that sign.
+    """
     size = keys.shape[2] * keys.shape[3]
+    largest = torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else None
     _write[(len(locations),)](
-        k, v, keys, values, locations, k.stride(0), v.stride(0), size,
+        k, v, keys, values, locations, k.stride(0), v.stride(0), size, LARGEST=largest,
         BLOCK=triton.next_power_of_2(size), **launch_options(k.device),
     )  # fmt: skip

@@ -45,3 +45,42 @@ def fused_kernels(
     from services.worker.engine.kernels import fused
 
     return fused
+
+
+class Fp8Kernels(Protocol):
+    """What `services.worker.engine.kernels.fp8` offers."""
+
+    # Up to so many tokens are multiplied as they are.
+    FEW_TOKENS: int
+
+    def rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def quantized_product(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+
+def fp8_kernels(device: torch.device) -> Fp8Kernels | None:
+    """The FP8 kernels of GPUs; elsewhere the layers compute the same in torch."""
+    if device.type != "cuda":
+        return None
+    from services.worker.engine.kernels import fp8
+
+    return fp8

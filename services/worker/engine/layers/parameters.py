@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.layers.fused import FusedKernels
+
+if TYPE_CHECKING:
+    from services.worker.engine.layers.fp8 import Fp8Scheme
 
 # Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
 MIN_CPU_ROWS = 2
@@ -21,17 +24,25 @@ class Placement:
     Counts the bytes of the tensors that it makes.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, group: TpGroup) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: TpGroup,
+        fp8: Fp8Scheme | None = None,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.group = group
+        # How linear layers are kept in FP8; None keeps all in `dtype`.
+        self.fp8 = fp8
         # Stands in where a device and type have no fused kernels; None leaves that to torch.
         self.compiled: FusedKernels | None = None
         self.num_bytes = 0
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised parameter."""
-        tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised parameter, of the model's type unless another is named."""
+        tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         self.num_bytes += tensor.nbytes
         return tensor
 

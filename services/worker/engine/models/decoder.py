@@ -18,6 +18,7 @@ from services.worker.engine.layers.embedding import (
     compute_logits,
     embed,
 )
+from services.worker.engine.layers.fp8 import Fp8Rows, Rows
 from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
@@ -41,6 +42,7 @@ class Attention:
             config.hidden_size,
             bias=config.qkv_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.output = RowParallelLinear(
             "o_proj",
@@ -48,6 +50,7 @@ class Attention:
             config.hidden_size,
             bias=config.output_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.norms: tuple[RmsNorm, RmsNorm] | None = None
         if config.qk_norm:
@@ -64,7 +67,7 @@ class Attention:
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Rows,
         cos: torch.Tensor,
         sin: torch.Tensor,
         backend: AttentionBackend,
@@ -105,7 +108,7 @@ class Attention:
 class Mlp:
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.gate_up = ColumnParallelLinear(
             (
                 Part("gate_proj", config.intermediate_size),
@@ -114,6 +117,7 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
         self.down = RowParallelLinear(
             "down_proj",
@@ -121,10 +125,11 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
         self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, E] -> [T, E]"""
         return self.down.forward(self._gated(x))
 
@@ -132,11 +137,16 @@ class Mlp:
         """Of the norm of the residual, plus the residual, [T, E] -> [T, E]."""
         return self.down.forward_add(self._gated(residual, norm), residual)
 
-    def _gated(self, x: torch.Tensor, norm: RmsNorm | None = None) -> torch.Tensor:
+    def _gated(self, x: Rows, norm: RmsNorm | None = None) -> Rows:
         gated = self.gate_up.forward_gated(x, norm)
         if gated is not None:
             return gated
-        both = self.gate_up.forward(x if norm is None else norm.forward(x))
+        if norm is not None and isinstance(x, torch.Tensor):
+            x = norm.forward_rows(x)
+        both = self.gate_up.forward(x)
+        fp8 = self.down.matrix.kernels
+        if fp8 is not None and len(both) > fp8.FEW_TOKENS:
+            return Fp8Rows(*fp8.silu_mul(both))
         if self._fused is not None:
             return self._fused.silu_mul(both)
         gate, up = both.chunk(2, dim=-1)
@@ -148,10 +158,14 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.attention = Attention(config, index, placement)
-        self.mlp = Mlp(config, placement)
+        self.mlp = Mlp(config, index, placement)
         size, eps = config.hidden_size, config.norm_eps
-        self.input_norm = RmsNorm("input_layernorm", size, eps, placement)
-        self.mlp_norm = RmsNorm("post_attention_layernorm", size, eps, placement)
+        self.input_norm = RmsNorm(
+            "input_layernorm", size, eps, placement, self.attention.qkv.matrix.kernels
+        )
+        self.mlp_norm = RmsNorm(
+            "post_attention_layernorm", size, eps, placement, self.mlp.gate_up.matrix.kernels
+        )
 
     def forward(
         self,
@@ -219,7 +233,7 @@ class Decoder:
             for layer in self._layers:
                 residual = layer.forward(residual, cos, sin, backend)
             return self._norm.forward(residual)
-        x = self._layers[0].input_norm.forward(residual)
+        x = self._layers[0].input_norm.forward_rows(residual)
         for index, layer in enumerate(self._layers):
             x = layer.attention.forward(x, cos, sin, backend)
             x, residual = layer.mlp_norm.forward_add(x, residual)
@@ -228,6 +242,7 @@ class Decoder:
                 self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
             )
             x, residual = following.forward_add(x, residual)
+        assert isinstance(x, torch.Tensor), "the output head is not in FP8"
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

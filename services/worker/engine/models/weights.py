@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _Taker = tuple[Layer, str, tuple[int, ...]]
 _INDEX_FILE = "model.safetensors.index.json"
 # Buffers of old checkpoints that are computed here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+# Static scales of FP8 checkpoints: activations get a scale a token, keys and values have none.
+_UNUSED_SCALES = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 _DUMMY_STD = 0.02
 # Threads that read; more than this gain nothing from one disk, or from memory.
 _MAX_READERS = 8
@@ -47,8 +49,15 @@ def load_weights(
         for path in _files(model_path):
             files.append(CheckpointFile(path, device, reader))
             stack.callback(files[-1].close)
-        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-        unexpected = [name for name in stored.keys() - expected if not _is_ignored(name, model)]
+        stored = {
+            _scale_name(name): tensor for file in files for name, tensor in file.tensors.items()
+        }
+        unused_scales = _unused_scales(stored.keys() - expected, model)
+        unexpected = [
+            name
+            for name in stored.keys() - expected - unused_scales
+            if not _is_ignored(name, model)
+        ]
         if missing := expected.keys() - stored:
             raise ValueError(f"{model_path} lacks tensors: {_listed(missing)}")
         if unexpected:
@@ -56,6 +65,12 @@ def load_weights(
         # In the order of the files, so that disks read ahead.
         work = [(stored[name], expected[name]) for name in stored if name in expected]
         _load_all(work, on_progress)
+    if unused_scales:
+        logger.warning(
+            "event=checkpoint_scales_unused count=%s reason=%s",
+            len(unused_scales),
+            "activations are scaled per token at run time, keys and values not at all",
+        )
     _log_speed(reader.num_bytes, time.monotonic() - started)
 
 
@@ -82,6 +97,11 @@ def _expected(model: Decoder) -> dict[str, list[_Taker]]:
         for name, shape in layer.tensors().items():
             expected.setdefault(prefix + name, []).append((layer, name, shape))
     return expected
+
+
+def _same_shape(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Scales come as [O, 1] or [O], and as [1] or []."""
+    return [size for size in stored if size != 1] == [size for size in expected if size != 1]
 
 
 def _files(model_path: Path) -> list[Path]:
@@ -115,7 +135,7 @@ def _load_all(work: list[tuple[CheckpointTensor, list[_Taker]]], on_progress: Pr
 
 def _load(tensor: CheckpointTensor, takers: list[_Taker]) -> None:
     for layer, local_name, shape in takers:
-        if tensor.shape != shape:
+        if not _same_shape(tensor.shape, shape):
             raise ValueError(f"tensor {tensor.name} has shape {tensor.shape}, expected {shape}")
         layer.load(local_name, tensor)
 
@@ -126,6 +146,18 @@ def _log_speed(num_bytes: int, seconds: float) -> None:
         "event=weights_loaded gib=%.2f seconds=%.1f gib_per_s=%.2f",
         *(gib, seconds, gib / max(seconds, 1e-9)),
     )
+
+
+def _scale_name(name: str) -> str:
+    """Some FP8 checkpoints say "inv" of scales that multiply all the same."""
+    return name.replace(".weight_scale_inv", ".weight_scale")
+
+
+def _unused_scales(names: Set[str], model: Decoder) -> set[str]:
+    """An FP8 checkpoint's static scales of activations and of keys and values."""
+    if model.config.fp8 is None:
+        return set()
+    return {name for name in names if name.endswith(_UNUSED_SCALES)}
 
 
 def _is_ignored(name: str, model: Decoder) -> bool:

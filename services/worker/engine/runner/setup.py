@@ -22,6 +22,11 @@ from services.worker.engine.runner.graphs import decode_graph_sizes
 from services.worker.engine.runner.memory import check_weights
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
+from services.worker.engine.runner.precision import (
+    check_fp8_device,
+    decide_fp8,
+    decide_kv_cache_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +199,8 @@ def decide_plan(
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
     )
     dtype = decide_dtype(options, config, device)
+    kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
+    is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
     max_step_tokens = decide_step_tokens(options, device_bytes)
     num_pages = options.num_pages or fitting_pages(
         free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
@@ -202,6 +209,7 @@ def decide_plan(
         device=device.type,
         dtype=dtype,
         attention_backend=backend,
+        kv_cache_dtype=kv_cache_dtype,
         page_size=options.page_size,
         num_pages=num_pages,
         # A sequence that cannot fit the whole pool could never run.
@@ -212,6 +220,7 @@ def decide_plan(
         max_step_tokens=max_step_tokens,
         schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
+        quantization="fp8" if is_fp8 else None,
         attention_reduce_in_fp32=options.attention_reduce_in_fp32,
         graph_sizes=decide_graph_sizes(options, backend),
         piece_graph_sizes=(
@@ -229,7 +238,7 @@ def rank_page_bytes(options: EngineOptions, config: ModelConfig, device: torch.d
         page_size=options.page_size,
         num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
         head_dim=config.head_dim,
-        dtype=getattr(torch, decide_dtype(options, config, device)),
+        dtype=getattr(torch, decide_kv_cache_dtype(options, decide_dtype(options, config, device))),
     )
 
 
@@ -250,13 +259,17 @@ def load_model(
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
         )
-    dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
-    placement = Placement(device, dtype, group)
-    placement.compiled = compiled_kernels(options, device, dtype)
+    dtype = decide_dtype(options, config, device)
+    fp8 = decide_fp8(options, config, device=device, dtype=dtype)
+    check_fp8_device(
+        device, weights=fp8 is not None, kv_cache_dtype=decide_kv_cache_dtype(options, dtype)
+    )
+    placement = Placement(device, getattr(torch, dtype), group, fp8)
+    placement.compiled = compiled_kernels(options, device, placement.dtype)
     context_length = decide_context_length(options, config)
     if device.type == "cuda":
         # Without making them: a model of that device is shapes alone.
-        outline = Placement(torch.device("meta"), dtype, group)
+        outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
         Decoder(config, context_length, outline)
         check_weights(options, outline.num_bytes, device)
     model = Decoder(config, context_length, placement)
@@ -302,11 +315,13 @@ def make_runner(
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
         head_dim=config.head_dim,
-        dtype=getattr(torch, plan.dtype),
+        dtype=getattr(torch, plan.kv_cache_dtype),
         device=device,
     )
     if plan.attention_backend == "torch":
-        torch_backend = TorchAttention(pool, reduce_in_fp32=plan.attention_reduce_in_fp32)
+        torch_backend = TorchAttention(
+            pool, getattr(torch, plan.dtype), reduce_in_fp32=plan.attention_reduce_in_fp32
+        )
         return ModelRunner(
             model=model, backend=torch_backend, plan=plan, device=device, reports=reports
         )
@@ -344,5 +359,6 @@ def _make_capturable(
         max_captured_rows=max(plan.graph_sizes, default=0),
         max_pages=-(-plan.context_length // plan.page_size),
         others=triton,
+        dtype=getattr(torch, plan.dtype),
         has_other_layers=any(window is not None for window in config.sliding_windows),
     )
