@@ -63,6 +63,7 @@ def compute_logits(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tensor
     """[R, E] -> [R, V] in float32, whole on every rank."""
     if shard.group.size == 1:
         return multiply_to_float(hidden, shard.weight)
+    # Ranks send 16 bits where the model has them.
     logits = multiply(hidden, shard.weight)
     return shard.group.all_gather(logits)[:, : shard.vocab_size].float().contiguous()
 
