@@ -246,6 +246,7 @@ class Generation:
             num_prompt_tokens=len(self.prompt.token_ids),
             max_new_tokens=spec.sampling.max_new_tokens,
             num_choices=num_choices,
+            tenant=spec.tenant,
             priority=spec.priority,
             first_arrival=self._first_arrival,
             excluded_worker_ids=excluded,

@@ -125,6 +125,7 @@ class WorkerSession:
             namespace=prompt.namespace,
             reservation_id=reservation_id,
             traceparent=spec.traceparent,
+            tenant=spec.tenant,
             priority=spec.priority,
             remaining=remaining_time(spec.deadline),
         )

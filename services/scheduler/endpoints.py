@@ -107,6 +107,10 @@ class WorkerTable:
     def has_workers(self, pool: Pool) -> bool:
         return bool(self._views.get(pool))
 
+    def num_ready(self, pool: Pool) -> int:
+        """Workers that may get new requests."""
+        return sum(view.takes_prompts for view in self._views.get(pool, {}).values())
+
     def limits(self, pool: Pool) -> PoolLimits:
         """Of its last workers while it is empty."""
         return self._limits.get(pool, PoolLimits(0, 0, 0))

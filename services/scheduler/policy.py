@@ -25,7 +25,12 @@ class PlacementRequest:
     prefix_hashes: Sequence[int] = ()
     max_new_tokens: int = 0
     num_choices: int = 1
+    # Whose request it is; empty where nobody says.
+    tenant: str = ""
+    # Higher goes first, whatever waits below it.
     priority: int = 0
+    # Workers that died under it.
+    num_losses: int = 0
     excluded_worker_ids: frozenset[str] = frozenset()
     # Tenant and session; None outside a session.
     session: tuple[str, str] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from rhizome.common.v1.pool_identity_pb2 import PoolIdentity as PoolIdentityMessage
@@ -14,9 +15,9 @@ from rhizome.common.v1.worker_role_pb2 import (
 )
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb
 from services.common.errors import InvalidRequestError
+from services.scheduler.accounting import Outcome
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.endpoints import PoolLimits, WorkerTable
-from services.scheduler.placement import Outcome
 from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import Mismatch, PoolIdentity, PoolSet, ProtocolRange
 from services.scheduler.reservations import Reservation
@@ -33,6 +34,18 @@ _STATES = {
     WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
     WorkerState.SUSPECT: pb.WORKER_STATE_SUSPECT,
 }
+# google.rpc codes of attempts that ended for the worker's sake: unknown, internal, aborted,
+# unavailable, and no room.
+_WORKER_FAILURES = frozenset(
+    status.value[0]
+    for status in (
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
+)
 
 
 def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
@@ -51,7 +64,9 @@ def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
         num_prompt_tokens=message.num_prompt_tokens,
         max_new_tokens=message.max_new_tokens,
         num_choices=max(1, message.num_choices),
+        tenant=message.tenant,
         priority=message.priority,
+        num_losses=message.num_losses,
         excluded_worker_ids=frozenset(message.excluded_worker_ids),
         session=(message.tenant, message.session_id) if message.session_id else None,
     )
@@ -96,6 +111,8 @@ def outcomes(message: pb.ReportRequestsRequest) -> list[Outcome]:
             outcome.cached_tokens,
             outcome.output_tokens,
             outcome.code == 0,
+            outcome.code in _WORKER_FAILURES,
+            outcome.worker_id,
         )
         for outcome in message.outcomes
     ]

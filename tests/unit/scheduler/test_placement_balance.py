@@ -7,8 +7,8 @@ import pytest
 from services.common.errors import (
     UnavailableError,
 )
+from services.scheduler.accounting import Outcome
 from services.scheduler.index_client import WorkerMatch
-from services.scheduler.placement import Outcome
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import UNADMITTED_EXPIRY_S
 from services.scheduler.views import Load
