@@ -87,6 +87,8 @@ class ScriptedWorker(WorkerServiceServicer):
         self.num_cancels = 0
         self.num_flushes = 0
         self.cached_tokens = 0
+        # Sequences it claims to run beside the real ones.
+        self.num_claimed = 0
         # Fail each sequence with (code, message) once it has this many output ids.
         self.fail_at: tuple[int, int, str] | None = None
         # Break every stream once any sequence has this many output ids.
@@ -344,7 +346,7 @@ async def _register(worker: ScriptedWorker, call: Any) -> None:
             RegisterWorkerRequest(
                 load=LoadReport(
                     sequence_number=number,
-                    num_running=worker.num_live,
+                    num_running=worker.num_live + worker.num_claimed,
                     num_free_pages=1000,
                     admitted_reservation_ids=seen,
                     ended_reservation_ids=seen,
