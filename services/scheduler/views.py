@@ -118,10 +118,21 @@ def view_of(
     cost_model: CostModel = DEFAULT_COST_MODEL,
     charge: Charge = NO_CHARGE,
 ) -> WorkerView:
-    """The view in which `charge` counts as if the worker had reported it."""
+    """The view in which `charge` counts as if the worker had reported it.
+
+    What waits in the worker has no pages yet, and will take those of its uncached tokens.
+    """
+    num_waiting_tokens = load.num_waiting_uncached_tokens
     num_active = load.num_running + load.num_waiting + charge.num_sequences
-    num_context_tokens = load.num_running_context_tokens + charge.num_context_tokens
-    num_available_pages = load.num_free_pages + load.num_evictable_pages - charge.num_pages
+    num_context_tokens = (
+        load.num_running_context_tokens + num_waiting_tokens + charge.num_context_tokens
+    )
+    num_available_pages = (
+        load.num_free_pages
+        + load.num_evictable_pages
+        - -(-num_waiting_tokens // worker.page_size)
+        - charge.num_pages
+    )
     return WorkerView(
         worker,
         worker.worker_id,
@@ -132,7 +143,7 @@ def view_of(
         charge,
         num_active,
         worker.max_running_sequences - num_active,
-        load.num_waiting_uncached_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
+        num_waiting_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
         cost_model.decode_step_ns(num_active, num_context_tokens),
         num_available_pages * worker.page_size,
     )

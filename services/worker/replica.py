@@ -253,8 +253,8 @@ class Replica:
     def _handle_step(self, step: StepOutput) -> None:
         self.step_number = max(self.step_number, step.step_number)
         self.load = step.load
-        for admission in step.admissions:
-            self.reservations.admit(admission.reservation_id)
+        for reservation_id in step.arrived_reservations:
+            self.reservations.admit(reservation_id)
         for log in self.router.route(step):
             self.reservations.close(log.reservation_id)
         self.cache_events.append(step.cache_events)

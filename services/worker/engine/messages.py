@@ -108,7 +108,6 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     key: int
     cached_tokens: int
     queue_ns: int
-    reservation_id: int
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -195,6 +194,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     keys: list[int] = []
     num_tokens: list[int] = []
     token_ids: list[int] = []
+    # Reservations of sequences that `load` counts for the first time, waiting or running.
+    arrived_reservations: list[int] = []
     admissions: list[Admission] = []
     # (key, rows); rows whose start_position is inside the prompt are prompt log-probabilities.
     logprobs: list[tuple[int, LogprobRows]] = []

@@ -34,6 +34,12 @@ class OutputCollector:
         self._num_cached_tokens = 0
         self._num_output_tokens = 0
 
+    def arrive(self, reservation_id: int) -> None:
+        """A sequence is counted from now on. That makes no output: the next one that there is says
+        so, along with the load that includes it."""
+        if reservation_id:
+            self._output.arrived_reservations.append(reservation_id)
+
     def admit(self, sequence: Sequence, now: int) -> None:
         """A sequence runs for the first time."""
         request = sequence.request
@@ -45,7 +51,6 @@ class OutputCollector:
                 key=sequence.key,
                 cached_tokens=sequence.cached_tokens,
                 queue_ns=now - sequence.arrival_ns,
-                reservation_id=request.reservation_id,
             )
         )
         if request.logprobs.prompt_start == 0:

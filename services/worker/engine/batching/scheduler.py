@@ -117,6 +117,7 @@ class BatchScheduler:
             request, self._cache, self._eos_token_ids, max_len=self._max_len, now=now
         )
         self._live[sequence.key] = sequence
+        self._outputs.arrive(request.reservation_id)
         if request.deadline_ns is not None:
             self._note_deadline(request.deadline_ns, sequence.key)
         self._waiting.add(sequence, self._num_uncached(sequence))
