@@ -24,6 +24,8 @@ class Outcome(NamedTuple):
     ended_well: bool
     # The worker broke off or refused it, rather than the request or its caller.
     worker_failed: bool = False
+    # The worker had no room for it.
+    was_refused: bool = False
     worker_id: str = ""
 
 

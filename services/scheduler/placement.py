@@ -14,8 +14,9 @@ from services.common.errors import (
 )
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
+from services.scheduler.breakers import BreakerBoard
 from services.scheduler.endpoints import Registration, WorkerTable
-from services.scheduler.filters import eligible, with_room
+from services.scheduler.filters import eligible, may_become_eligible, with_room
 from services.scheduler.gauges import add_gauges
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics, priority_label
@@ -37,6 +38,8 @@ _MAX_PASSED_OVER = 64
 class _Attempt(enum.Enum):
     PLACED = enum.auto()
     NO_ROOM = enum.auto()
+    # There is room, but not for this one.
+    HELD = enum.auto()
     NO_WORKER = enum.auto()
 
 
@@ -71,6 +74,7 @@ class Placer:
         self._clock = clock
         self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
+        self._breakers = BreakerBoard()
         tenants = tenants or TenantSet()
         bounds = QueueBounds(max_queued=max_queued, max_wait_s=max_wait_s)
         self._accounting = Accounting(tenants, metrics)
@@ -149,6 +153,7 @@ class Placer:
         """Placed requests ended, well or not; unknown reservations are ignored."""
         for outcome in outcomes:
             self._accounting.settle(outcome)
+            self._judge_worker(outcome)
             predicted = self._reservations.end(outcome.reservation_id)
             if predicted is None:
                 continue
@@ -171,6 +176,7 @@ class Placer:
         if old is not None:
             self._forget(old.worker)
         self._table.register(registration, self._clock())
+        self._apply_breaker(registration.worker.worker_id)
         self._pump(pool)
 
     def unregister(self, registration: Registration) -> None:
@@ -199,6 +205,9 @@ class Placer:
             self._forget(worker)
         self._metrics.expired.inc(self._reservations.expire(now))
         self._overlay.turn(now)
+        for worker_id in self._breakers.worker_ids:
+            self._apply_breaker(worker_id)
+        self._breakers.forget_old(now)
         for pool in self._backlogs:
             self._sweep_queue(pool, now)
             self._pump(pool)
@@ -246,13 +255,22 @@ class Placer:
         workers = self._table.snapshot(ticket.pool)
         allowed = eligible(request, workers)
         if not allowed:
-            if ticket.workerless_since is None:
+            if may_become_eligible(request, workers):
+                ticket.workerless_since = None
+            elif ticket.workerless_since is None:
                 ticket.workerless_since = now
             return _Attempt.NO_WORKER
         ticket.workerless_since = None
         candidates = with_room(request, allowed)
         if not candidates:
             return _Attempt.NO_ROOM
+        if request.is_suspect:
+            # Workers that it kills with another suspect would say nothing about either.
+            candidates = [
+                view for view in candidates if not self._reservations.has_suspect(view.worker)
+            ]
+            if not candidates:
+                return _Attempt.HELD
         cached = self._cached_tokens(ticket, workers, now)
         num_output = self._accounting.output_tokens(request)
         query = Query(request, cached, num_output, self._sessions.find(request.session))
@@ -291,7 +309,10 @@ class Placer:
             predicted_cached_tokens=cached,
             policy=branch,
             queued_for_s=queued_for_s,
+            is_suspect=request.is_suspect,
         )
+        self._breakers.note_placed(chosen.worker_id, now)
+        self._apply_breaker(chosen.worker_id)
         self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
         self._sessions.note(request.session, chosen.worker_id)
         backlog = self._backlogs[ticket.pool]
@@ -304,21 +325,39 @@ class Placer:
 
     def _sweep_queue(self, pool: Pool, now: float) -> None:
         workers = self._table.snapshot(pool)
-        any_ready = any(view.state is WorkerState.READY for view in workers)
+        states = {view.state for view in workers}
+        any_left = not states.isdisjoint((WorkerState.READY, WorkerState.SUSPECT))
         for ticket in self._backlogs[pool].queue:
             if ticket.deadline is not None and now >= ticket.deadline:
                 self._close(ticket)
                 ticket.fail(DeadlineError("the request's time passed in the queue"))
                 continue
-            if not any_ready:
+            if not any_left:
                 if ticket.workerless_since is None:
                     ticket.workerless_since = now
-            elif ticket.workerless_since is not None and eligible(ticket.request, workers):
+            elif ticket.workerless_since is not None and may_become_eligible(
+                ticket.request, workers
+            ):
                 ticket.workerless_since = None
             since = ticket.workerless_since
             if since is not None and now - since >= self._worker_wait_s:
                 self._close(ticket)
                 ticket.fail(UnavailableError(f"no worker of {pool.name!r} may serve this request"))
+
+    def _judge_worker(self, outcome: Outcome) -> None:
+        """What a request's end says about its worker."""
+        if outcome.ended_well:
+            self._breakers.note_success(outcome.worker_id)
+        elif outcome.worker_failed and not outcome.was_refused:
+            view = self._table.get(outcome.worker_id)
+            if view is not None and view.state is WorkerState.DRAINING:
+                return
+            if self._breakers.note_failure(outcome.worker_id, self._clock()):
+                self._metrics.worker_failures.inc()
+        self._apply_breaker(outcome.worker_id)
+
+    def _apply_breaker(self, worker_id: str) -> None:
+        self._table.set_broken(worker_id, self._breakers.is_open(worker_id, self._clock()))
 
     def _fail_queue(self, pool: Pool, reason: str) -> None:
         for ticket in self._backlogs[pool].queue:

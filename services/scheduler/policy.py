@@ -12,6 +12,9 @@ from typing import Protocol
 
 from services.scheduler.views import WorkerView
 
+# A worker may die of anything; the same request twice is hardly chance.
+_SUSPECT_LOSSES = 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementRequest:
@@ -34,6 +37,11 @@ class PlacementRequest:
     excluded_worker_ids: frozenset[str] = frozenset()
     # Tenant and session; None outside a session.
     session: tuple[str, str] | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what killed the workers that it lost."""
+        return self.num_losses >= _SUSPECT_LOSSES
 
     @property
     def key(self) -> tuple[str, int]:

@@ -10,11 +10,16 @@ from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 
 
 class WorkerState(enum.Enum):
-    """Whether a worker may get new requests."""
+    """Whether a worker may get new requests.
+
+    A suspect is silent, stuck in a step, or failed again and again: it may be back any moment. One
+    that is hung has been stuck for so long that nobody waits for it.
+    """
 
     READY = 1
     DRAINING = 2
     SUSPECT = 3
+    HUNG = 4
 
 
 class WorkerRole(enum.Enum):
@@ -50,6 +55,10 @@ class Load(NamedTuple):
     num_waiting_uncached_tokens: int = 0
     num_running_context_tokens: int = 0
     draining: bool = False
+    # Whether the engine has work, the steps it has made, and how long one may take.
+    engine_busy: bool = False
+    engine_step_number: int = 0
+    predicted_step_ns: int = 0
     # The worker's own fit; None until there is one.
     cost_model: CostModel | None = None
 

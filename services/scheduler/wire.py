@@ -33,6 +33,7 @@ _STATES = {
     WorkerState.READY: pb.WORKER_STATE_READY,
     WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
     WorkerState.SUSPECT: pb.WORKER_STATE_SUSPECT,
+    WorkerState.HUNG: pb.WORKER_STATE_SUSPECT,
 }
 # google.rpc codes of attempts that ended for the worker's sake: unknown, internal, aborted,
 # unavailable, and no room.
@@ -46,6 +47,7 @@ _WORKER_FAILURES = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     )
 )
+_NO_ROOM = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
@@ -112,6 +114,7 @@ def outcomes(message: pb.ReportRequestsRequest) -> list[Outcome]:
             outcome.output_tokens,
             outcome.code == 0,
             outcome.code in _WORKER_FAILURES,
+            outcome.code == _NO_ROOM,
             outcome.worker_id,
         )
         for outcome in message.outcomes
@@ -164,6 +167,9 @@ def load(message: pb.LoadReport) -> Load:
         num_waiting_uncached_tokens=message.num_waiting_uncached_tokens,
         num_running_context_tokens=message.num_running_context_tokens,
         draining=message.draining,
+        engine_busy=message.engine_busy,
+        engine_step_number=message.engine_step_number,
+        predicted_step_ns=message.predicted_step_ns,
         cost_model=_cost_model(message.cost_model) if has_model else None,
     )
 

@@ -1,7 +1,7 @@
 """The scheduler without its service, for tests of placement."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.scheduler.accounting import Outcome
@@ -36,6 +36,8 @@ class Scheduler:
     table: WorkerTable
     metrics: SchedulerMetrics
     placer: Placer
+    # The newest of each worker.
+    registrations: dict[str, Registration] = field(default_factory=dict)
 
     @property
     def pool(self) -> Pool:
@@ -44,6 +46,7 @@ class Scheduler:
     def register(self, worker_id: str, **changes: Any) -> Registration:
         registration = make_registration(make_worker(worker_id, **changes), self.pool)
         self.placer.register(registration, make_identity())
+        self.registrations[worker_id] = registration
         return registration
 
     def schedule(
