@@ -68,7 +68,8 @@ class GatewayStack:
     grpc_address: str
     pipeline: Pipeline
     workers: list[ScriptedWorker]
-    scheduler: RunningScheduler
+    # None where the test has its own.
+    scheduler: RunningScheduler | None = None
 
 
 @contextlib.asynccontextmanager

@@ -145,11 +145,14 @@ async def test_a_text_that_fails_at_the_tokenizer_stops_its_sequence() -> None:
 
 async def test_a_request_that_every_worker_fails_is_given_up() -> None:
     async with gateway_stack(num_workers=2) as stack:
-        for worker in stack.workers:
-            worker.fail_at = (1, int(grpc.StatusCode.ABORTED.value[0]), "engine lost")
-        reply = await chat(stack, stream=False)
-        assert reply.status_code == 500
-        assert sum(len(worker.submits) for worker in stack.workers) == 4
+        for code, num_attempts in ((grpc.StatusCode.ABORTED, 3), (grpc.StatusCode.UNAVAILABLE, 4)):
+            for worker in stack.workers:
+                worker.submits.clear()
+                worker.fail_at = (1, int(code.value[0]), "engine lost")
+            reply = await chat(stack, stream=False)
+            assert reply.status_code == 500
+            assert "engine lost" in reply.json()["error"]["message"]
+            assert sum(len(worker.submits) for worker in stack.workers) == num_attempts
 
 
 async def test_a_full_worker_is_a_429_when_there_is_no_other() -> None:
@@ -324,7 +327,11 @@ async def test_a_tokenizer_with_other_digests_is_not_used_and_the_error_says_why
             await until(lambda: gateway.pipeline.control.table.workers())
             await until(lambda: "template_digest" in gateway.pipeline.tokenizers.why_unusable())
             other = GatewayStack(
-                f"http://127.0.0.1:{gateway.http_port}", "", gateway.pipeline, stack.workers
+                f"http://127.0.0.1:{gateway.http_port}",
+                "",
+                gateway.pipeline,
+                stack.workers,
+                stack.scheduler,
             )
             reply = await chat(other)
             assert reply.status_code == 503

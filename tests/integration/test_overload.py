@@ -19,6 +19,7 @@ from rhizome.inference.v1 import inference_service_pb2 as pb
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from services.common.errors import OverloadedError, error_from_rpc
 from services.common.rpc import open_channel
+from services.scheduler.metrics import SchedulerMetrics
 from tests.fakes.gateway_stack import GatewayStack, gateway_stack, until
 
 BODY = {"model": "default", "prompt": "What is the capital of France?", "max_tokens": 4}
@@ -44,9 +45,14 @@ async def _post(http: httpx.AsyncClient, tenant: str = "", **members: Any) -> ht
     return await http.post("/v1/completions", json={**BODY, **members}, headers=headers)
 
 
+def _metrics(stack: GatewayStack) -> SchedulerMetrics:
+    assert stack.scheduler is not None
+    return stack.scheduler.metrics
+
+
 def _queued(stack: GatewayStack) -> float:
     return sum(
-        stack.scheduler.metrics.value("queued_requests", priority=name)
+        _metrics(stack).value("queued_requests", priority=name)
         for name in ("high", "normal", "low")
     )
 
@@ -74,7 +80,7 @@ async def test_the_tenant_travels_to_the_scheduler_and_the_worker(stack: Gateway
             pass
     tenants = [submit.tenant for submit in stack.workers[0].submits]
     assert tenants == ["listed", "team a", "native", "chat", "grpc"]
-    value = stack.scheduler.metrics.value
+    value = _metrics(stack).value
     await until(lambda: value("tenant_service_total", tenant="other") > 0)
     assert value("tenant_service_total", tenant="listed") > 0
 
@@ -127,7 +133,7 @@ async def test_a_listed_tenants_bound_leaves_the_queue_to_others(stack: GatewayS
         assert (await _post(http, "listed")).status_code == 429
         other = asyncio.create_task(_post(http, "other"))
         await until(lambda: _queued(stack) == 2)
-        value = stack.scheduler.metrics.value
+        value = _metrics(stack).value
         assert value("sheds_total", reason="tenant_full", priority="normal") == 1
         stack.workers[0].num_claimed = 0
         assert (await first).status_code == (await other).status_code == 200
@@ -152,7 +158,7 @@ async def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once() -> Non
     """The deadline travels as remaining time; the answer comes long before it passes."""
     async with gateway_stack() as stack, _client(stack) as http:
         await _fill(stack)
-        worker, value = stack.workers[0], stack.scheduler.metrics.value
+        worker, value = stack.workers[0], _metrics(stack).value
         waiting = [asyncio.create_task(_post(http)) for _ in range(60)]
         await until(lambda: _queued(stack) == 60)
         # The worker takes a few of them, so that their pace is known.
