@@ -272,7 +272,7 @@ class Replica:
     def _handle_step(self, step: StepOutput) -> None:
         self.step_number = max(self.step_number, step.step_number)
         self.load = step.load
-        for reservation_id in step.arrived_reservations:
+        for reservation_id in step.accepted_reservation_ids:
             self.reservations.admit(reservation_id)
         for log in self.router.route(step):
             self.reservations.close(log.reservation_id)

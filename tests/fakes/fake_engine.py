@@ -93,7 +93,7 @@ class FakeScheduler:
         if isinstance(message, Request):
             self._waiting.append(message)
             if message.reservation_id:
-                self._pending.arrived_reservations.append(message.reservation_id)
+                self._pending.accepted_reservation_ids.append(message.reservation_id)
         elif isinstance(message, Cancel):
             for key in message.keys:
                 self._cancel(key)

@@ -195,7 +195,7 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     num_tokens: list[int] = []
     token_ids: list[int] = []
     # Reservations of sequences that `load` counts for the first time, waiting or running.
-    arrived_reservations: list[int] = []
+    accepted_reservation_ids: list[int] = []
     admissions: list[Admission] = []
     # (key, rows); rows whose start_position is inside the prompt are prompt log-probabilities.
     logprobs: list[tuple[int, LogprobRows]] = []

@@ -57,8 +57,8 @@ def test_a_reservation_arrives_with_the_first_load_that_counts_it(num_in_flight)
         engine.step()
     engine.run()
     for output in engine.outbox.outputs:
-        assert arrived.isdisjoint(output.arrived_reservations)
-        arrived |= set(output.arrived_reservations)
+        assert arrived.isdisjoint(output.accepted_reservation_ids)
+        arrived |= set(output.accepted_reservation_ids)
         ended |= {finish.reservation_id for finish in output.finishes}
         assert len(arrived - ended) == output.load.num_running + output.load.num_waiting
         num_checked += bool(output.load.num_waiting)

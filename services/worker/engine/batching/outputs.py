@@ -38,7 +38,7 @@ class OutputCollector:
         """A sequence is counted from now on. That makes no output: the next one that there is says
         so, along with the load that includes it."""
         if reservation_id:
-            self._output.arrived_reservations.append(reservation_id)
+            self._output.accepted_reservation_ids.append(reservation_id)
 
     def admit(self, sequence: Sequence, now: int) -> None:
         """A sequence runs for the first time."""
