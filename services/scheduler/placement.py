@@ -14,7 +14,8 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.scheduler.endpoints import Registration, WorkerTable
-from services.scheduler.filters import eligible, with_room
+from services.scheduler.filters import eligible, has_room, with_room
+from services.scheduler.holds import Hold, Holds, WorkAhead
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
@@ -48,6 +49,7 @@ class _Attempt(enum.Enum):
     PLACED = enum.auto()
     NO_ROOM = enum.auto()
     NO_WORKER = enum.auto()
+    HELD = enum.auto()
 
 
 class Placer:
@@ -79,6 +81,7 @@ class Placer:
         self._clock = clock
         self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
+        self._holds = Holds()
         self._mean_output = _FIRST_MEAN_OUTPUT
         self._queues = {pool: PoolQueue(max_queued) for pool in pools.pools}
         self._tickets: dict[tuple[str, int], Ticket] = {}
@@ -226,34 +229,61 @@ class Placer:
         """Place what can be placed, in order; whoever must wait for room holds up those behind."""
         queue = self._queues[pool]
         num_passed_over = 0
+        ahead = WorkAhead()
         while len(queue) > num_passed_over and num_passed_over < _MAX_PASSED_OVER:
             ticket = queue[num_passed_over]
-            attempt = self._try_place(ticket)
+            attempt = self._try_place(ticket, ahead)
             if attempt is _Attempt.PLACED:
                 continue
             if attempt is _Attempt.NO_ROOM and not ticket.request.excluded_worker_ids:
                 break
             num_passed_over += 1
 
-    def _try_place(self, ticket: Ticket) -> _Attempt:
+    def _try_place(self, ticket: Ticket, ahead: WorkAhead) -> _Attempt:
         now = self._clock()
         request = ticket.request
-        workers = self._table.snapshot(ticket.pool)
+        if self._still_waits(ticket, ahead, now):
+            return _Attempt.HELD
+        workers = ahead.views(self._table.snapshot(ticket.pool))
         allowed = eligible(request, workers)
         if not allowed:
             if ticket.workerless_since is None:
                 ticket.workerless_since = now
             return _Attempt.NO_WORKER
         ticket.workerless_since = None
-        candidates = with_room(request, allowed)
+        candidates = allowed if self._policy.waits else with_room(request, allowed)
         if not candidates:
             return _Attempt.NO_ROOM
         cached = self._cached_tokens(ticket, workers, now)
         num_output = min(request.max_new_tokens, int(self._mean_output))
-        query = Query(request, cached, num_output, self._sessions.find(request.session))
+        query = Query(
+            request,
+            cached,
+            num_output,
+            self._sessions.find(request.session),
+            now,
+            now - ticket.opened_at,
+        )
         chosen = self._policy.choose(query, candidates)
+        if self._policy.waits and not has_room(request, chosen):
+            cached_there = cached.get(chosen.worker_id, 0)
+            hold = Hold(chosen.worker_id, _charge(request, chosen, cached_there), now)
+            self._holds.set(ticket, hold)
+            ahead.add(hold)
+            return _Attempt.HELD
         self._place(ticket, query, chosen, now)
         return _Attempt.PLACED
+
+    def _still_waits(self, ticket: Ticket, ahead: WorkAhead, now: float) -> bool:
+        """Whether the worker it was chosen for, a moment ago, still has no room for it."""
+        hold = self._holds.find(ticket, now)
+        view = None if hold is None else self._table.get(hold.worker_id)
+        if hold is None or view is None or not view.takes_prompts:
+            return False
+        if has_room(ticket.request, ahead.view(view)):
+            return False
+        ahead.add(hold)
+        return True
 
     def _cached_tokens(
         self, ticket: Ticket, workers: Sequence[WorkerView], now: float
@@ -331,6 +361,7 @@ class Placer:
     def _close(self, ticket: Ticket) -> None:
         """Out of the queue and the table of tickets, where it is in them."""
         self._queues[ticket.pool].remove(ticket)
+        self._holds.drop(ticket)
         if self._tickets.get(ticket.request.key) is ticket:
             del self._tickets[ticket.request.key]
 

@@ -50,6 +50,8 @@ class Load(NamedTuple):
     num_waiting_uncached_tokens: int = 0
     num_running_context_tokens: int = 0
     draining: bool = False
+    # Prefill time x request share of its next 2^k pages to be evicted, k = 0, 1, 2 ...
+    eviction_cost_ns: tuple[float, ...] = ()
     # The worker's own fit; None until there is one.
     cost_model: CostModel | None = None
 

@@ -147,6 +147,7 @@ def load(message: pb.LoadReport) -> Load:
         num_waiting_uncached_tokens=message.num_waiting_uncached_tokens,
         num_running_context_tokens=message.num_running_context_tokens,
         draining=message.draining,
+        eviction_cost_ns=tuple(message.eviction_cost_ns),
         cost_model=_cost_model(message.cost_model) if has_model else None,
     )
 

@@ -18,6 +18,7 @@ from rhizome.scheduler.v1 import (
 )
 from services.common.rpc import open_channel
 from services.worker import wire
+from services.worker.cost_model import eviction_cost_ns
 from services.worker.replica import Replica
 from services.worker.reservations import ReservationFeed
 
@@ -61,6 +62,7 @@ class Registration:
         self._times = times or ReportTimes()
         self._changed = replica.watch()
         self._cost_model: pb.CostModel | None = None
+        self._eviction_cost_ns: list[float] = []
         self._cost_model_due = 0.0
 
     async def run(self) -> None:
@@ -170,6 +172,7 @@ class Registration:
             admitted_reservation_ids=admitted,
             ended_reservation_ids=ended,
             cost_model=self._newest_cost_model(),
+            eviction_cost_ns=self._eviction_cost_ns,
             num_running_context_tokens=load.num_running_context_tokens,
             draining=replica.draining,
         )
@@ -180,6 +183,7 @@ class Registration:
             self._cost_model_due = now + self._times.cost_model_interval_s
             fitted = self._replica.cost_model.coefficients()
             if fitted is not None:
+                self._eviction_cost_ns = eviction_cost_ns(self._replica.eviction, fitted)
                 self._cost_model = pb.CostModel(
                     prefill_base_ns=fitted.prefill_base_ns,
                     prefill_token_ns=fitted.prefill_token_ns,

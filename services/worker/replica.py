@@ -28,6 +28,7 @@ from services.worker.engine.messages import (
     EngineLoad,
     EngineOutput,
     EngineReady,
+    EvictionWork,
     FlushCache,
     LoadProgress,
     ProfileState,
@@ -82,6 +83,7 @@ class Replica:
         self.identity = identity
         self.ready: EngineReady | None = None
         self.load = EngineLoad()
+        self.eviction = EvictionWork()
         self.step_number = 0
         self.draining = False
         self.router = OutputRouter()
@@ -253,13 +255,15 @@ class Replica:
     def _handle_step(self, step: StepOutput) -> None:
         self.step_number = max(self.step_number, step.step_number)
         self.load = step.load
-        for admission in step.admissions:
-            self.reservations.admit(admission.reservation_id)
+        for reservation_id in step.accepted_reservation_ids:
+            self.reservations.admit(reservation_id)
         for log in self.router.route(step):
             self.reservations.close(log.reservation_id)
         self.cache_events.append(step.cache_events)
         if step.work is not None:
             self.cost_model.observe(step.work)
+        if step.eviction is not None:
+            self.eviction = step.eviction
         if step.flushed_pages is not None and self._flush is not None:
             self._flush.set_result(step.flushed_pages)
             self._flush = None

@@ -140,7 +140,7 @@ class FakeScheduler:
         while self._waiting and len(self._running) < self.max_running:
             request = self._waiting.pop(0)
             self._running[request.key] = _Running(request, list(request.token_ids))
-            output.admissions.append(Admission(request.key, 0, 1, request.reservation_id))
+            output.admissions.append(Admission(request.key, 0, 1))
             output.cache_events += self._store(request)
             output.logprobs += _prompt_logprobs(request)
 

@@ -47,7 +47,6 @@ def test_a_sequence_ends_after_its_last_token(engine):
     assert record.finish.reason == "length"
     assert record.finish.num_output_tokens == 7
     assert record.finish.reservation_id == 99
-    assert record.admission.reservation_id == 99
 
 
 def test_no_row_is_planned_beyond_the_last_token(engine):
