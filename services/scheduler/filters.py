@@ -40,15 +40,13 @@ def with_room(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[
     Pages of a cached prefix are counted as needed: they may be locked or not, and the worker's
     admission is the truth.
     """
-    num_choices = request.num_choices
-    num_tokens = request.num_prompt_tokens
-    return [
-        view
-        for view in workers
-        if view.num_active == 0
-        or (
-            view.queued_prefill_ns < MAX_QUEUED_PREFILL_NS
-            and view.num_free_sequences >= num_choices
-            and view.num_available_tokens >= num_tokens
-        )
-    ]
+    return [view for view in workers if has_room(request, view)]
+
+
+def has_room(request: PlacementRequest, view: WorkerView) -> bool:
+    """Whether `with_room` keeps the worker."""
+    return view.num_active == 0 or (
+        view.queued_prefill_ns < MAX_QUEUED_PREFILL_NS
+        and view.num_free_sequences >= request.num_choices
+        and view.num_available_tokens >= request.num_prompt_tokens
+    )

@@ -16,8 +16,9 @@ from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
 from services.scheduler.breakers import BreakerBoard
 from services.scheduler.endpoints import Registration, WorkerTable
-from services.scheduler.filters import eligible, may_become_eligible, with_room
+from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
 from services.scheduler.gauges import add_gauges
+from services.scheduler.holds import Hold, Holds, WorkAhead
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.overlay import PredictionOverlay
@@ -75,6 +76,7 @@ class Placer:
         self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
         self._breakers = BreakerBoard()
+        self._holds = Holds()
         tenants = tenants or TenantSet()
         bounds = QueueBounds(max_queued=max_queued, max_wait_s=max_wait_s)
         self._accounting = Accounting(tenants, metrics)
@@ -233,11 +235,12 @@ class Placer:
         """Place what can be placed, in order; whoever must wait for room holds up those behind."""
         backlog = self._backlogs[pool]
         passed_over: set[Ticket] = set()
+        ahead = WorkAhead()
         while len(passed_over) < _MAX_PASSED_OVER:
             ticket = backlog.queue.first(passed_over)
             if ticket is None:
                 break
-            attempt = self._try_place(ticket)
+            attempt = self._try_place(ticket, ahead)
             if attempt is _Attempt.PLACED:
                 continue
             if attempt is _Attempt.NO_ROOM and not ticket.request.excluded_worker_ids:
@@ -249,10 +252,12 @@ class Placer:
             num_workers=self._table.num_ready(pool),
         )
 
-    def _try_place(self, ticket: Ticket) -> _Attempt:
+    def _try_place(self, ticket: Ticket, ahead: WorkAhead) -> _Attempt:
         now = self._clock()
         request = ticket.request
-        workers = self._table.snapshot(ticket.pool)
+        if self._still_waits(ticket, ahead, now):
+            return _Attempt.HELD
+        workers = ahead.views(self._table.snapshot(ticket.pool))
         allowed = eligible(request, workers)
         if not allowed:
             if may_become_eligible(request, workers):
@@ -261,7 +266,7 @@ class Placer:
                 ticket.workerless_since = now
             return _Attempt.NO_WORKER
         ticket.workerless_since = None
-        candidates = with_room(request, allowed)
+        candidates = allowed if self._policy.waits else with_room(request, allowed)
         if not candidates:
             return _Attempt.NO_ROOM
         if request.is_suspect:
@@ -272,11 +277,34 @@ class Placer:
             if not candidates:
                 return _Attempt.HELD
         cached = self._cached_tokens(ticket, workers, now)
-        num_output = self._accounting.output_tokens(request)
-        query = Query(request, cached, num_output, self._sessions.find(request.session))
+        query = Query(
+            request,
+            cached,
+            self._accounting.output_tokens(request),
+            self._sessions.find(request.session),
+            now,
+            now - ticket.opened_at,
+        )
         chosen = self._policy.choose(query, candidates)
+        if self._policy.waits and not has_room(request, chosen):
+            cached_there = cached.get(chosen.worker_id, 0)
+            hold = Hold(chosen.worker_id, _charge(request, chosen, cached_there), now)
+            self._holds.set(ticket, hold)
+            ahead.add(hold)
+            return _Attempt.HELD
         self._place(ticket, query, chosen, now)
         return _Attempt.PLACED
+
+    def _still_waits(self, ticket: Ticket, ahead: WorkAhead, now: float) -> bool:
+        """Whether the worker it was chosen for, a moment ago, still has no room for it."""
+        hold = self._holds.find(ticket, now)
+        view = None if hold is None else self._table.get(hold.worker_id)
+        if hold is None or view is None or not view.takes_prompts:
+            return False
+        if has_room(ticket.request, ahead.view(view)):
+            return False
+        ahead.add(hold)
+        return True
 
     def _cached_tokens(
         self, ticket: Ticket, workers: Sequence[WorkerView], now: float
@@ -371,6 +399,7 @@ class Placer:
     def _close(self, ticket: Ticket) -> None:
         """Out of the queue and the table of tickets, where it is in them."""
         self._backlogs[ticket.pool].queue.remove(ticket)
+        self._holds.drop(ticket)
         if self._tickets.get(ticket.request.key) is ticket:
             del self._tickets[ticket.request.key]
 

@@ -59,6 +59,9 @@ class Query:
     num_output_tokens: int = 0
     # The worker that served the request's session last.
     home_worker_id: str | None = None
+    # The scheduler's time, and how long the request has waited in its queue.
+    now_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class Filter(Protocol):
@@ -90,6 +93,8 @@ class Policy:
     name: str
     scorers: Sequence[tuple[Scorer, float]]
     picker: Picker
+    # It may choose a worker without room; the request then waits for that one.
+    waits: bool = False
 
     def choose(self, query: Query, workers: Sequence[WorkerView]) -> WorkerView:
         """One of `workers`, which must not be empty."""

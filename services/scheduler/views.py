@@ -59,6 +59,8 @@ class Load(NamedTuple):
     engine_busy: bool = False
     engine_step_number: int = 0
     predicted_step_ns: int = 0
+    # Prefill time x request share of its next 2^k pages to be evicted, k = 0, 1, 2 ...
+    eviction_cost_ns: tuple[float, ...] = ()
     # The worker's own fit; None until there is one.
     cost_model: CostModel | None = None
 
@@ -129,7 +131,7 @@ def view_of(
 ) -> WorkerView:
     """The view in which `charge` counts as if the worker had reported it.
 
-    What waits in the worker has no pages yet, and will take those of its uncached tokens.
+    What no step has computed yet has no pages, and will take those of its uncached tokens.
     """
     num_waiting_tokens = load.num_waiting_uncached_tokens
     num_active = load.num_running + load.num_waiting + charge.num_sequences

@@ -170,6 +170,7 @@ def load(message: pb.LoadReport) -> Load:
         engine_busy=message.engine_busy,
         engine_step_number=message.engine_step_number,
         predicted_step_ns=message.predicted_step_ns,
+        eviction_cost_ns=tuple(message.eviction_cost_ns),
         cost_model=_cost_model(message.cost_model) if has_model else None,
     )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from services.worker.engine.messages import StepWork
+from services.worker.engine.messages import EvictionWork, StepWork
 
 _NUM_FEATURES = 6
 _MIN_OBSERVATIONS = 16
@@ -39,6 +39,14 @@ class CostCoefficients:
         return self.prefill_base_ns + num_tokens * (
             self.prefill_token_ns + self.prefill_context_ns * num_context
         )
+
+
+def eviction_cost_ns(work: EvictionWork, costs: CostCoefficients) -> list[float]:
+    """Prefill time x request share of the next 2^k pages to go (scheduler.v1.LoadReport)."""
+    return [
+        costs.prefill_token_ns * tokens + costs.prefill_context_ns * pairs
+        for tokens, pairs in zip(work.tokens, work.pairs, strict=True)
+    ]
 
 
 class CostModel:

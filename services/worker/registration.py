@@ -19,6 +19,7 @@ from rhizome.scheduler.v1 import (
 )
 from services.common.rpc import open_channel
 from services.worker import wire
+from services.worker.cost_model import CostCoefficients, eviction_cost_ns
 from services.worker.replica import Replica
 from services.worker.reservations import ReservationFeed
 
@@ -155,6 +156,7 @@ class Registration:
     def _load_report(self, feed: ReservationFeed, sequence_number: int) -> pb.LoadReport:
         replica, load = self._replica, self._replica.load
         admitted, ended = feed.take()
+        fitted = replica.cost_model.recent(time.monotonic())
         return pb.LoadReport(
             sequence_number=sequence_number,
             num_running=load.num_running,
@@ -166,23 +168,11 @@ class Registration:
             predicted_step_ns=replica.predicted_step_ns,
             admitted_reservation_ids=admitted,
             ended_reservation_ids=ended,
-            cost_model=self._cost_model(),
+            cost_model=None if fitted is None else _cost_model(fitted),
+            eviction_cost_ns=(() if fitted is None else eviction_cost_ns(replica.eviction, fitted)),
             num_running_context_tokens=load.num_running_context_tokens,
             draining=replica.draining,
             engine_busy=replica.busy,
-        )
-
-    def _cost_model(self) -> pb.CostModel | None:
-        fitted = self._replica.cost_model.recent(time.monotonic())
-        if fitted is None:
-            return None
-        return pb.CostModel(
-            prefill_base_ns=fitted.prefill_base_ns,
-            prefill_token_ns=fitted.prefill_token_ns,
-            prefill_context_ns=fitted.prefill_context_ns,
-            decode_base_ns=fitted.decode_base_ns,
-            decode_sequence_ns=fitted.decode_sequence_ns,
-            decode_context_ns=fitted.decode_context_ns,
         )
 
     def _set_refusal(self, reason: str | None) -> None:
@@ -229,6 +219,17 @@ def describe(replica: Replica, address: str) -> pb.WorkerDescription:
         tp_size=ready.tp_size,
         labels=identity.labels,
         vocab_size=ready.vocab_size,
+    )
+
+
+def _cost_model(fitted: CostCoefficients) -> pb.CostModel:
+    return pb.CostModel(
+        prefill_base_ns=fitted.prefill_base_ns,
+        prefill_token_ns=fitted.prefill_token_ns,
+        prefill_context_ns=fitted.prefill_context_ns,
+        decode_base_ns=fitted.decode_base_ns,
+        decode_sequence_ns=fitted.decode_sequence_ns,
+        decode_context_ns=fitted.decode_context_ns,
     )
 
 

@@ -29,6 +29,7 @@ from services.worker.engine.messages import (
     EngineLoad,
     EngineOutput,
     EngineReady,
+    EvictionWork,
     FlushCache,
     LoadProgress,
     ProfileState,
@@ -85,6 +86,7 @@ class Replica:
         self.identity = identity
         self.ready: EngineReady | None = None
         self.load = EngineLoad()
+        self.eviction = EvictionWork()
         self.step_number = 0
         self.draining = False
         self.router = OutputRouter()
@@ -279,6 +281,8 @@ class Replica:
         self.cache_events.append(step.cache_events)
         if step.work is not None:
             self.cost_model.observe(step.work)
+        if step.eviction is not None:
+            self.eviction = step.eviction
         if step.flushed_pages is not None and self._flush is not None:
             self._flush.set_result(step.flushed_pages)
             self._flush = None

@@ -23,7 +23,7 @@ class ReservationFeed:
         self._ended = ended
 
     def add_admitted(self, reservation_id: int) -> None:
-        """A reservation's first sequence is in the reported load."""
+        """A reservation's first sequence counts in the engine's load."""
         self._admitted.append(reservation_id)
 
     def add_ended(self, reservation_id: int) -> None:
@@ -70,7 +70,7 @@ class ReservationBook:
             self._num_open[reservation_id] = self._num_open.get(reservation_id, 0) + 1
 
     def admit(self, reservation_id: int) -> None:
-        """A sequence of it is in the reported load, waiting or running."""
+        """A sequence of it is in the engine's load: waiting or running."""
         if reservation_id in self._num_open and reservation_id not in self._admitted:
             self._admitted.add(reservation_id)
             for feed in self._feeds:

@@ -439,7 +439,9 @@ class LoadReport(_message.Message):
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_waiting_uncached_tokens: _builtins.int
-    """Prompt tokens waiting that no cache holds."""
+    """Prompt tokens that no cache holds and no step computes yet: of waiting
+    sequences and of those in the middle of their prefill.
+    """
     num_free_pages: _builtins.int
     num_evictable_pages: _builtins.int
     """Pages only the prefix tree holds, unlocked."""
@@ -452,8 +454,8 @@ class LoadReport(_message.Message):
     """It has work, so that the step number has to grow."""
     @_builtins.property
     def admitted_reservation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Reservations that this report's numbers count from now on, waiting or
-        running; and those that ended.
+        """Reservations whose sequences this report counts, waiting or running, and
+        no report before did; and those ended since the last report.
         """
 
     @_builtins.property
@@ -464,8 +466,8 @@ class LoadReport(_message.Message):
 
     @_builtins.property
     def eviction_cost_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Prefill time × request share of the next 2^k least recently used pages,
-        k = 0, 1, 2 …, in nanoseconds.
+        """Prefill time × request share of the next 2^k pages that would be evicted,
+        k = 0, 1, 2 …, in nanoseconds; ends where no more can be, or at 2048 pages.
         """
 
     def __init__(
@@ -499,7 +501,7 @@ Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
 class CostModel(_message.Message):
     """CostModel predicts this worker's times in nanoseconds:
     prefill = prefill_base + prefill_token * uncached
-            + prefill_context * uncached * context;
+            + prefill_context * uncached * tokens before each, on average;
     decode step = decode_base + decode_sequence * sequences
                 + decode_context * total context tokens.
     """

@@ -9,6 +9,7 @@ from services.worker.engine.messages import (
     Admission,
     CacheEvent,
     EngineLoad,
+    EvictionWork,
     Finish,
     LogprobRows,
     SequenceError,
@@ -33,12 +34,6 @@ class OutputCollector:
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_output_tokens = 0
-
-    def arrive(self, reservation_id: int) -> None:
-        """A sequence is counted from now on. That makes no output: the next one that there is says
-        so, along with the load that includes it."""
-        if reservation_id:
-            self._output.accepted_reservation_ids.append(reservation_id)
 
     def admit(self, sequence: Sequence, now: int) -> None:
         """A sequence runs for the first time."""
@@ -91,6 +86,15 @@ class OutputCollector:
                 reservation_id=sequence.request.reservation_id,
             )
         )
+
+    def accept(self, reservation_id: int) -> None:
+        """A sequence is live: the next output's load counts it. That alone makes no output."""
+        if reservation_id:
+            self._output.accepted_reservation_ids.append(reservation_id)
+
+    def price_eviction(self, work: EvictionWork) -> None:
+        """What the next evictions would cost."""
+        self._output.eviction = work
 
     def fail(self, key: int, code: int, message: str, reservation_id: int) -> None:
         """A sequence failed."""
