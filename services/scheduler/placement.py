@@ -14,10 +14,10 @@ from services.common.errors import (
 )
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
-from services.scheduler.breakers import BreakerBoard
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
 from services.scheduler.gauges import add_gauges
+from services.scheduler.health import WorkerHealth
 from services.scheduler.holds import Hold, Holds, WorkAhead
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics, priority_label
@@ -75,7 +75,7 @@ class Placer:
         self._clock = clock
         self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
-        self._breakers = BreakerBoard()
+        self._health = WorkerHealth(table, metrics, clock)
         self._holds = Holds()
         tenants = tenants or TenantSet()
         bounds = QueueBounds(max_queued=max_queued, max_wait_s=max_wait_s)
@@ -155,7 +155,7 @@ class Placer:
         """Placed requests ended, well or not; unknown reservations are ignored."""
         for outcome in outcomes:
             self._accounting.settle(outcome)
-            self._judge_worker(outcome)
+            self._health.judge(outcome)
             predicted = self._reservations.end(outcome.reservation_id)
             if predicted is None:
                 continue
@@ -178,7 +178,7 @@ class Placer:
         if old is not None:
             self._forget(old.worker)
         self._table.register(registration, self._clock())
-        self._apply_breaker(registration.worker.worker_id)
+        self._health.apply(registration.worker.worker_id)
         self._pump(pool)
 
     def unregister(self, registration: Registration) -> None:
@@ -207,9 +207,7 @@ class Placer:
             self._forget(worker)
         self._metrics.expired.inc(self._reservations.expire(now))
         self._overlay.turn(now)
-        for worker_id in self._breakers.worker_ids:
-            self._apply_breaker(worker_id)
-        self._breakers.forget_old(now)
+        self._health.sweep()
         for pool in self._backlogs:
             self._sweep_queue(pool, now)
             self._pump(pool)
@@ -339,8 +337,7 @@ class Placer:
             queued_for_s=queued_for_s,
             is_suspect=request.is_suspect,
         )
-        self._breakers.note_placed(chosen.worker_id, now)
-        self._apply_breaker(chosen.worker_id)
+        self._health.note_placed(chosen.worker_id)
         self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
         self._sessions.note(request.session, chosen.worker_id)
         backlog = self._backlogs[ticket.pool]
@@ -371,21 +368,6 @@ class Placer:
             if since is not None and now - since >= self._worker_wait_s:
                 self._close(ticket)
                 ticket.fail(UnavailableError(f"no worker of {pool.name!r} may serve this request"))
-
-    def _judge_worker(self, outcome: Outcome) -> None:
-        """What a request's end says about its worker."""
-        if outcome.ended_well:
-            self._breakers.note_success(outcome.worker_id)
-        elif outcome.worker_failed and not outcome.was_refused:
-            view = self._table.get(outcome.worker_id)
-            if view is not None and view.state is WorkerState.DRAINING:
-                return
-            if self._breakers.note_failure(outcome.worker_id, self._clock()):
-                self._metrics.worker_failures.inc()
-        self._apply_breaker(outcome.worker_id)
-
-    def _apply_breaker(self, worker_id: str) -> None:
-        self._table.set_broken(worker_id, self._breakers.is_open(worker_id, self._clock()))
 
     def _fail_queue(self, pool: Pool, reason: str) -> None:
         for ticket in self._backlogs[pool].queue:
