@@ -60,18 +60,28 @@ class SamplerPair:
         self, slot: int, params: SamplingParams, logprobs: LogprobSpec, ids: list[int], prompt: int
     ) -> None:
         """Both learn of a slot."""
+        assignment = self._assignment(slot, params, logprobs, ids, prompt)
+        self.sampler.assign(assignment)
+        self.reference.assign(assignment)
+
+    def assign_device(
+        self, slot: int, params: SamplingParams, logprobs: LogprobSpec, ids: list[int], prompt: int
+    ) -> None:
+        """The device's sampler alone learns of a slot."""
+        self.sampler.assign(self._assignment(slot, params, logprobs, ids, prompt))
+
+    def _assignment(
+        self, slot: int, params: SamplingParams, logprobs: LogprobSpec, ids: list[int], prompt: int
+    ) -> SlotAssignment:
         self.params[slot], self.choices[slot] = params, slot % 3
-        for each in (self.sampler, self.reference):
-            each.assign(
-                SlotAssignment(
-                    slot=slot,
-                    sampling=params,
-                    logprobs=logprobs,
-                    choice_index=slot % 3,
-                    prompt_len=prompt,
-                    token_ids=ids,
-                )
-            )
+        return SlotAssignment(
+            slot=slot,
+            sampling=params,
+            logprobs=logprobs,
+            choice_index=slot % 3,
+            prompt_len=prompt,
+            token_ids=ids,
+        )
 
     def step(
         self, logits: torch.Tensor, slots: list[int], positions: list[int]

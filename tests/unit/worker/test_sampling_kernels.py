@@ -29,7 +29,8 @@ assert vectors
 for case in vectors:
     record = np.zeros(math.RECORD_WORDS, np.int32)
     halves = philox.seed_key(np.array([case["seed"]], np.uint64))[0]
-    record[7:9], record[9], record[10] = halves.view(np.int32), case["choice_index"], case["position"]
+    record[7:9] = halves.view(np.int32)
+    record[9:11] = case["choice_index"], case["position"]
     for token_id, word in zip(case["token_ids"], case["words"], strict=True):
         first = token_id // SIZE * SIZE
         words, values = torch.zeros(2, SIZE, dtype=torch.int64), torch.zeros(3, SIZE)

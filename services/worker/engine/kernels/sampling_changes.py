@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from services.worker.engine.kernels.launch import Launcher
 from services.worker.engine.kernels.sampling_math import (
     BIAS_ROW,
     CHANGED_JOB,
@@ -24,7 +25,10 @@ from services.worker.engine.kernels.sampling_math import (
     TILE,
     float_word,
     int_word,
+    variant_of,
 )
+
+_ENTRIES = 128
 
 
 @triton.jit(do_not_specialize=["bias_width"])
@@ -63,6 +67,10 @@ def _change(
             tl.atomic_add(out + token_ids, added.to(tl.float32, bitcast=True), is_here)
 
 
+# A product and the subtraction of it are rounded one by one, as torch does.
+_launch_change = Launcher(_change, num_warps=4, enable_fp_fusion=False)
+
+
 def change(
     records: torch.Tensor,
     logits: torch.Tensor,
@@ -78,10 +86,9 @@ def change(
     """
     vocab_size = logits.shape[1]
     changed = torch.empty((num_changed, vocab_size), dtype=torch.float32, device=logits.device)
-    # A product and the subtraction of it are rounded one by one, as torch does.
-    _change[(num_changed, triton.cdiv(vocab_size, TILE))](
+    _launch_change(
+        (num_changed, triton.cdiv(vocab_size, TILE), 1), variant_of(logits, changed),
         records, logits, changed, prompt_seen.view(torch.uint8), output_counts, biases,
-        logits.stride(0), vocab_size, biases.shape[1], SIZE=TILE, ENTRIES=128,
-        num_warps=4, enable_fp_fusion=False,
+        logits.stride(0), vocab_size, biases.shape[1], TILE, _ENTRIES,
     )  # fmt: skip
     return changed

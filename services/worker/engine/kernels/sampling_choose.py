@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from services.worker.engine.kernels.launch import Launcher
 from services.worker.engine.kernels.sampling_math import (
     ARGMAX,
     CHANGED_ROW,
@@ -52,14 +53,18 @@ from services.worker.engine.kernels.sampling_math import (
     largest_key_holding,
     load_row,
     value_of,
+    variant_of,
     words_of,
 )
 from services.worker.engine.kernels.sampling_scan import Scan
 
 _CANDIDATES = 4096
+# So many are handled with less work.
+_FEW = 1024
+_PIVOTS = 8
 # Groups read at one time when candidates are gathered, and tokens when a row is weighed.
 _GATHERED_GROUPS = 32
-_WEIGHED = 8192
+_WEIGHED = 4096
 _DRAWN = 2048
 
 _NO_ID = tl.constexpr(NO_ID)
@@ -69,7 +74,9 @@ _MINUS_INFINITY_KEY = tl.constexpr(MINUS_INFINITY_KEY)
 
 
 @triton.jit
-def _lower_bound(groups_held, top, total, top_k, top_p, vocab_size, num_groups):
+def _lower_bound(
+    groups_held, top, total, top_k, top_p, vocab_size, num_groups, PIVOTS: tl.constexpr
+):  # fmt: skip
     """A value that the row's threshold by rank is not below, from the groups' largest values."""
     keys = key_of(groups_held)
     low = tl.full((), _MINUS_INFINITY_KEY, tl.int32)
@@ -78,25 +85,25 @@ def _lower_bound(groups_held, top, total, top_k, top_p, vocab_size, num_groups):
     if top_k < vocab_size:
         if top_k <= num_groups:
             ones = tl.where(groups_held > float("-inf"), 1.0, 0.0)
-            bound = largest_key_holding(keys, ones, top_k.to(tl.float32), low, high)
+            bound = largest_key_holding(keys, ones, top_k.to(tl.float32), low, high, PIVOTS)
     elif top_p < 1.0:
         weights = tl.exp((groups_held - top).to(tl.float64))
         # Surely the wanted mass, whatever the total was rounded to.
         wanted = top_p.to(tl.float64) * total * (1.0 + 1e-5)
-        bound = largest_key_holding(keys, weights, wanted, low, high)
+        bound = largest_key_holding(keys, weights, wanted, low, high, PIVOTS)
     return value_of(bound)
 
 
 @triton.jit
 def _gather(
-    records, job, logits, changed, row, changed_row, stride, vocab_size, temperature, groups_held,
+    logits, changed, row, changed_row, stride, vocab_size, temperature, groups_held,
     bound, group_list, values_out, ids_out,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BATCH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Write the tokens with values >= `bound`, ids ascending -> how many; stops beyond C."""
     holds = groups_held >= bound
-    place = tl.cumsum(holds.to(tl.int32), 0) - 1
-    tl.store(group_list + place, tl.arange(0, GROUPS), holds)
+    order = tl.cumsum(holds.to(tl.int32), 0) - 1
+    tl.store(group_list + order, tl.arange(0, GROUPS), holds)
     num_holding = tl.sum(holds.to(tl.int32))
     tl.debug_barrier()
     start = 0
@@ -123,8 +130,8 @@ def _gather(
 
 @triton.jit
 def _choose_among(
-    records, job, values_in, ids_in, count, top, total, floor, top_k, top_p, vocab_size,
-    CANDIDATES: tl.constexpr,
+    records, job, values_in, ids_in, count, top, total, bound, floor, top_k, top_p, vocab_size,
+    CANDIDATES: tl.constexpr, PIVOTS: tl.constexpr,
 ):  # fmt: skip
     """The token of a row whose candidates were gathered."""
     places = tl.arange(0, CANDIDATES)
@@ -132,12 +139,13 @@ def _choose_among(
     values = tl.load(values_in + places, inside, other=float("-inf"))
     ids = tl.load(ids_in + places, inside, other=_NO_ID)
     keys = key_of(values)
-    low = tl.full((), _MINUS_INFINITY_KEY, tl.int32)
+    # When too few are left by the bound, it is the floor, and keeps them all.
+    low = key_of(bound)
     high = key_of(top).to(tl.int64) + 1
     threshold_key = low
     if top_k < vocab_size:
         ones = tl.where(inside, 1.0, 0.0)
-        threshold_key = largest_key_holding(keys, ones, top_k.to(tl.float32), low, high)
+        threshold_key = largest_key_holding(keys, ones, top_k.to(tl.float32), low, high, PIVOTS)
     if top_p < 1.0:
         weights = tl.where(inside, tl.exp((values - top).to(tl.float64)), 0.0)
         mass = total
@@ -147,7 +155,7 @@ def _choose_among(
             last = tl.exp((value_of(threshold_key) - top).to(tl.float64))
             mass = tl.sum(tl.where(is_above, weights, 0.0)) + (top_k - num_above) * last
         wanted = top_p.to(tl.float64) * mass
-        threshold_key = largest_key_holding(keys, weights, wanted, threshold_key, high)
+        threshold_key = largest_key_holding(keys, weights, wanted, threshold_key, high, PIVOTS)
     threshold = tl.maximum(value_of(threshold_key), floor)
     noisy = values + gumbel(words_of(ids, records, job))
     scores = tl.where(inside & (values >= threshold), noisy, float("-inf"))
@@ -162,7 +170,7 @@ def _weigh(
     """How many tokens of the row have keys of at least `least_key`, and their mass."""
     counts = tl.zeros((SIZE,), tl.int32)
     masses = tl.zeros((SIZE,), tl.float32)
-    for first_id in range(0, vocab_size, SIZE):
+    for first_id in tl.range(0, vocab_size, SIZE, num_stages=3):
         ids = first_id + tl.arange(0, SIZE)
         raw = load_row(logits, changed, row, changed_row, stride, vocab_size, ids, ids < vocab_size)
         scaled = tl.div_rn(raw, temperature)
@@ -180,7 +188,7 @@ def _draw_above(
     """The largest value plus noise among tokens with keys of at least `least_key`, and its id."""
     best = float("-inf")
     best_id = 0
-    for first_id in range(0, vocab_size, SIZE):
+    for first_id in tl.range(0, vocab_size, SIZE, num_stages=3):
         ids = first_id + tl.arange(0, SIZE)
         raw = load_row(logits, changed, row, changed_row, stride, vocab_size, ids, ids < vocab_size)
         valid = key_of(tl.div_rn(raw, temperature)) >= least_key
@@ -245,7 +253,8 @@ def _choose(
     values, ids, output_counts, token_ids, packed,
     stride, vocab_size, num_parts, num_tiles, num_groups,
     TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BATCH: tl.constexpr,
-    CANDIDATES: tl.constexpr, WEIGHED: tl.constexpr, DRAWN: tl.constexpr,
+    CANDIDATES: tl.constexpr, FEW: tl.constexpr, PIVOTS: tl.constexpr, WEIGHED: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     job = tl.program_id(0).to(tl.int64)
     mode = int_word(records, job, MODE)
@@ -271,67 +280,30 @@ def _choose(
             masses = tl.load(tile_mass + job * num_tiles + tiles, inside, other=0.0)
             shifted = tl.exp((tops - top).to(tl.float64))
             total = tl.sum(tl.where(inside, shifted * masses.to(tl.float64), 0.0))
-        bound = _lower_bound(groups_held, top, total, top_k, top_p, vocab_size, num_groups)
+        bound = _lower_bound(groups_held, top, total, top_k, top_p, vocab_size, num_groups, PIVOTS)
         if (top_k >= vocab_size) | (top_p >= 1.0):
             # Else tokens below the floor count in the mass that top-k leaves.
             bound = tl.maximum(bound, floor)
-        count = _gather(
-            records,
-            job,
-            logits,
-            changed,
-            row,
-            changed_row,
-            stride,
-            vocab_size,
-            temperature,
-            groups_held,
-            bound,
-            group_lists + job * GROUPS,
-            values + job * CANDIDATES,
-            ids + job * CANDIDATES,
-            GROUPS,
-            GROUP_SIZE,
-            BATCH,
-            CANDIDATES,
-        )
-        if count <= CANDIDATES:
+        count = vocab_size
+        kept_values, kept_ids = values + job * CANDIDATES, ids + job * CANDIDATES
+        if (bound > float("-inf")) | (vocab_size <= CANDIDATES):
+            count = _gather(
+                logits, changed, row, changed_row, stride, vocab_size, temperature, groups_held,
+                bound, group_lists + job * GROUPS, kept_values, kept_ids, GROUPS, GROUP_SIZE,
+                BATCH, CANDIDATES)  # fmt: skip
+        if count <= FEW:
             chosen = _choose_among(
-                records,
-                job,
-                values + job * CANDIDATES,
-                ids + job * CANDIDATES,
-                count,
-                top,
-                total,
-                floor,
-                top_k,
-                top_p,
-                vocab_size,
-                CANDIDATES,
-            )
+                records, job, kept_values, kept_ids, count, top, total, bound, floor, top_k, top_p,
+                vocab_size, FEW, PIVOTS)  # fmt: skip
+        elif count <= CANDIDATES:
+            chosen = _choose_among(
+                records, job, kept_values, kept_ids, count, top, total, bound, floor, top_k, top_p,
+                vocab_size, CANDIDATES, 2)  # fmt: skip
         else:
             chosen = _choose_wide(
-                records,
-                job,
-                logits,
-                changed,
-                row,
-                changed_row,
-                stride,
-                vocab_size,
-                temperature,
-                chosen,
-                (mode & _DRAWS) != 0,
-                top,
-                total,
-                bound,
-                floor,
-                top_k,
-                top_p,
-                WEIGHED,
-                DRAWN,
-            )
+                records, job, logits, changed, row, changed_row, stride, vocab_size, temperature,
+                chosen, (mode & _DRAWS) != 0, top, total, bound, floor, top_k, top_p, WEIGHED,
+                DRAWN)  # fmt: skip
     chosen = tl.minimum(chosen, vocab_size - 1)
     tl.store(token_ids + job, chosen.to(tl.int64))
     tl.store(packed + job, chosen)
@@ -339,6 +311,10 @@ def _choose(
     if count_row >= 0:
         counted = output_counts + count_row * vocab_size + chosen
         tl.store(counted, tl.load(counted) + 1)
+
+
+# With 128 registers a thread two programs share a processor, and almost nothing is spilled.
+_launch_choose = Launcher(_choose, num_warps=8, maxnreg=128)
 
 
 def choose(
@@ -357,11 +333,11 @@ def choose(
     filtered = num_rows if len(found.group_max) else 0
     group_lists = packed.new_empty((filtered, width))
     values = torch.empty((filtered, _CANDIDATES), dtype=torch.float32, device=packed.device)
-    _choose[(num_rows,)](
+    _launch_choose(
+        (num_rows, 1, 1), variant_of(logits, changed),
         records, logits, changed, found.best, found.best_ids, found.tile_max, found.tile_mass,
         found.group_max, group_lists, values, torch.empty_like(values, dtype=torch.int32),
         output_counts, token_ids, packed, logits.stride(0), logits.shape[1], found.best.shape[1],
-        num_tiles, num_groups, TILES=triton.next_power_of_2(num_tiles), GROUPS=width,
-        GROUP_SIZE=GROUP, BATCH=_GATHERED_GROUPS, CANDIDATES=_CANDIDATES, WEIGHED=_WEIGHED,
-        DRAWN=_DRAWN, num_warps=8,
+        num_tiles, num_groups, triton.next_power_of_2(num_tiles), width, GROUP, _GATHERED_GROUPS,
+        _CANDIDATES, min(_FEW, _CANDIDATES), _PIVOTS, _WEIGHED, _DRAWN,
     )  # fmt: skip

@@ -12,6 +12,9 @@ Shapes: J jobs, V vocabulary, G groups of GROUP tokens, U tiles of TILE tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
+import torch
 import triton
 import triton.language as tl
 
@@ -77,6 +80,11 @@ def int_word(records, job, word):
 def float_word(records, job, word):
     """One word of a job's record, as the float32 whose bits it holds."""
     return tl.load(records + job * _WORDS + word).to(tl.float32, bitcast=True)
+
+
+def variant_of(logits: torch.Tensor, changed: torch.Tensor) -> Hashable:
+    """What Triton specialises on in the tensors that `load_row` reads."""
+    return (logits.dtype, changed.dtype, logits.shape[1], logits.stride(0), logits.data_ptr() % 16)
 
 
 @triton.jit
@@ -159,18 +167,22 @@ def exp_rn(x):
 
 
 @triton.jit
-def largest_key_holding(keys, weights, target, low, high):
+def largest_key_holding(keys, weights, target, low, high, PIVOTS: tl.constexpr):
     """The largest key t in [low, high) for which the weights of keys >= t sum to `target`.
 
-    `low` itself when none does; no sum from `high` on may do.
+    `low` itself when none does; no sum from `high` on may do. Each round cuts the interval in
+    PIVOTS + 1: what a round costs is mostly its reduction, however many sums that has.
     """
     low = low.to(tl.int64)
     high = high.to(tl.int64)
+    number = 1 + tl.arange(0, PIVOTS)
     while high - low > 1:
-        middle = (low + high) >> 1
-        held = tl.sum(tl.where(keys >= middle.to(tl.int32), weights, 0.0)) >= target
-        low = tl.where(held, middle, low)
-        high = tl.where(held, high, middle)
+        step = (high - low + PIVOTS) // (PIVOTS + 1)
+        pivots = low + number * step
+        above = keys[None, :] >= pivots.to(tl.int32)[:, None]
+        sums = tl.sum(tl.where(above, weights[None, :], 0.0), axis=1)
+        low += step * tl.sum(((sums >= target) & (pivots < high)).to(tl.int32))
+        high = tl.minimum(high, low + step)
     return low.to(tl.int32)
 
 

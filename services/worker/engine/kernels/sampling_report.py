@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from services.worker.engine.kernels.launch import Launcher
 from services.worker.engine.kernels.sampling_math import (
     GROUP,
     LOGITS_ROW,
@@ -21,8 +22,11 @@ from services.worker.engine.kernels.sampling_math import (
     REQUESTED_ROW,
     SAMPLED_ROW,
     int_word,
+    variant_of,
 )
 from services.worker.engine.kernels.sampling_scan import Scan
+
+_BLOCK = 32
 
 _NO_ID = tl.constexpr(NO_ID)
 
@@ -77,6 +81,9 @@ def _report(
         tl.store(line + 1 + num_top + place, token_id)
 
 
+_launch_report = Launcher(_report, num_warps=4)
+
+
 def report(
     records: torch.Tensor,
     logits: torch.Tensor,
@@ -91,13 +98,14 @@ def report(
 
     A line holds float bits but for the ids: the chosen token's, K values, their K ids, M values.
     `token_ids` has the chosen ids at SAMPLED_ROW; `requested` [B, W, 2] int32 the wanted ones.
+    `out` is aligned to 16 bytes.
     """
     num_groups, num_tiles = found.group_max.shape[1], found.tile_max.shape[1]
     lines, width = out.shape
-    _report[(lines,)](
+    _launch_report(
+        (lines, 1, 1), variant_of(logits, logits),
         records, logits, found.tile_max, found.tile_mass, found.group_max, token_ids, requested,
         out, len(records) - lines, logits.stride(0), logits.shape[1], num_tiles, num_groups,
-        requested.shape[1], num_top, width,
-        TILES=triton.next_power_of_2(num_tiles), GROUPS=triton.next_power_of_2(num_groups),
-        GROUP_SIZE=GROUP, BLOCK=32, num_warps=4,
+        requested.shape[1], num_top, width, triton.next_power_of_2(num_tiles),
+        triton.next_power_of_2(num_groups), GROUP, _BLOCK,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from services.worker.engine.kernels.launch import Launcher
 from services.worker.engine.kernels.sampling_math import (
     ARGMAX,
     CHANGED_ROW,
@@ -30,6 +31,7 @@ from services.worker.engine.kernels.sampling_math import (
     improve_with_noise,
     int_word,
     load_row,
+    variant_of,
 )
 
 # Programs that fill a GPU some times over.
@@ -80,17 +82,22 @@ def _scan(
                 best, best_id, raw, valid, first_id, temperature, records, job, SIZE
             )
         if mode & _GROUPS:
-            scaled = tl.div_rn(raw, temperature)
             groups = tile * (SIZE // GROUP_SIZE) + tl.arange(0, SIZE // GROUP_SIZE)
-            largest = tl.max(tl.reshape(scaled, (SIZE // GROUP_SIZE, GROUP_SIZE)), axis=1)
+            # Division keeps the order, so it can wait until few are left.
+            largest = tl.max(tl.reshape(raw, (SIZE // GROUP_SIZE, GROUP_SIZE)), axis=1)
+            largest = tl.div_rn(largest, temperature)
             tl.store(group_max + job * num_groups + groups, largest, groups < num_groups)
             if mode & _MASS:
                 top = tl.max(largest)
+                scaled = tl.div_rn(raw, temperature)
                 weights = tl.where(scaled > float("-inf"), exp_rn(scaled - top), 0.0)
                 tl.store(tile_max + job * num_tiles + tile, top)
                 tl.store(tile_mass + job * num_tiles + tile, tl.sum(weights))
     tl.store(best_out + job * tl.num_programs(1) + part, best)
     tl.store(best_ids + job * tl.num_programs(1) + part, best_id)
+
+
+_launch_scan = Launcher(_scan, num_warps=4)
 
 
 def scan(
@@ -114,10 +121,10 @@ def scan(
         tile_mass=torch.empty_like(tile_max),
         group_max=logits.new_empty((kept, num_groups), dtype=torch.float32),
     )
-    _scan[(num_jobs, parts)](
+    _launch_scan(
+        (num_jobs, parts, 1), variant_of(logits, changed),
         records, logits, changed, found.best, found.best_ids, found.tile_max, found.tile_mass,
-        found.group_max,
-        logits.stride(0), vocab_size, num_tiles, num_groups, tiles_each,
-        SIZE=TILE, GROUP_SIZE=GROUP, num_warps=4,
+        found.group_max, logits.stride(0), vocab_size, num_tiles, num_groups, tiles_each,
+        TILE, GROUP,
     )  # fmt: skip
     return found

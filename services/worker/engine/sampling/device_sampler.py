@@ -21,15 +21,24 @@ from services.worker.engine.kernels.sampling_choose import choose
 from services.worker.engine.kernels.sampling_math import FILTER
 from services.worker.engine.kernels.sampling_report import report
 from services.worker.engine.kernels.sampling_scan import scan
-from services.worker.engine.messages import LogprobSpec
+from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.sampling.counts import TokenCounts
 from services.worker.engine.sampling.logprobs import PositionLogprobs
 from services.worker.engine.sampling.philox import Int64Array
-from services.worker.engine.sampling.records import RECORD, report_records, slot_record
+from services.worker.engine.sampling.records import (
+    LOGITS_ROW_WORD,
+    MODE_WORD,
+    RECORD,
+    SAMPLED_ROW_WORD,
+    as_words,
+    report_record,
+    slot_record,
+)
 from services.worker.engine.sampling.slot_lists import SlotLists
 from services.worker.engine.sampling.steps import SampledStep
 from services.worker.engine.sampling.table import has_penalty
 
+_WORDS = RECORD.itemsize // 4
 _NO_SPEC = LogprobSpec()
 
 
@@ -50,15 +59,19 @@ class DeviceSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._records = np.zeros(num_slots, RECORD)
-        self._reports = np.zeros(num_slots, np.bool_)
+        # [slots, words]: how each samples, and how it reports.
+        self._records = np.zeros((num_slots, _WORDS), np.int32)
+        self._reports = np.zeros((num_slots, _WORDS), np.int32)
+        self._wants_report = np.zeros(num_slots, np.bool_)
+        # Whether penalties, biases or bars may act.
+        self._may_change = np.zeros(num_slots, np.bool_)
         self._specs = [_NO_SPEC] * num_slots
-        self._requested_rows = [0] * num_slots
         self._counts = TokenCounts(vocab_size, device)
         self._biases = SlotLists(device)
         self._requested = SlotLists(device)
         # Ids that all positions of a prompt ask about, for as long as its kernel is issued.
         self._prompt_requested = SlotLists(device)
+        self._compile()
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A slot changes hands."""
@@ -75,10 +88,12 @@ class DeviceSampler:
             record["count_row"] = self._counts.row(slot)
         else:
             self._counts.release(slot)
-        self._records[slot] = record
-        self._reports[slot] = spec.output
+        self._records[slot] = as_words(record)
+        self._may_change[slot] = has_penalty(params) or record["num_barred"] > 0
+        requested_row = self._requested.assign(slot, _entries(spec))
+        self._reports[slot] = as_words(report_record(spec, self._vocab_size, requested_row))
+        self._wants_report[slot] = spec.output
         self._specs[slot] = spec
-        self._requested_rows[slot] = self._requested.assign(slot, _entries(spec))
 
     def sample(
         self,
@@ -95,34 +110,40 @@ class DeviceSampler:
         if num_rows == 0:
             packed = token_ids.to(torch.int32)
             return self._copied(packed, token_ids, [], [], (0, 0), prompt_logprobs)
-        records, num_changed = self._step_records(slots, positions)
-        rows = np.flatnonzero(self._reports[slots]).tolist() if reports else []
-        specs = [self._specs[slots[row]] for row in rows]
-        widths = _widths(specs, self._vocab_size)
-        summarised = bool(rows) or bool((records["mode"] & FILTER).any())
-        if rows:
-            lists = [self._requested_rows[slots[row]] for row in rows]
-            records = np.concatenate((records, report_records(rows, specs, lists)))
-        there = upload_array(self._device, _words(records))
+        words, num_changed = self._step_words(slots, positions)
+        summarised = bool(np.bitwise_or.reduce(words[:, MODE_WORD]) & FILTER)
+        rows: list[int] = []
+        specs: list[LogprobSpec] = []
+        widths = (0, 0)
+        if reports and self._wants_report.take(slots).any():
+            reporting = np.flatnonzero(self._wants_report.take(slots))
+            lines = self._reports.take(slots[reporting], 0)
+            lines[:, LOGITS_ROW_WORD] = lines[:, SAMPLED_ROW_WORD] = reporting
+            words = np.concatenate((words, lines))
+            rows = reporting.tolist()
+            specs = [self._specs[slot] for slot in slots[reporting].tolist()]
+            widths = _widths(specs, self._vocab_size)
+            summarised = True
+        records = upload_array(self._device, words)
         changed = logits
         if num_changed:
             changed = change(
-                there,
+                records,
                 logits,
                 num_changed,
                 prompt_seen=self._counts.prompt_seen,
                 output_counts=self._counts.output_counts,
                 biases=self._biases.entries,
             )
-        found = scan(there, logits, changed, summarised)
-        packed = torch.empty(
-            num_rows + len(rows) * _width(widths), dtype=torch.int32, device=self._device
-        )
-        choose(there, logits, changed, found, self._counts.output_counts, token_ids, packed)
+        found = scan(records, logits, changed, summarised)
+        num_words = _padded(num_rows) + len(rows) * _width(widths)
+        packed = torch.empty(num_words, dtype=torch.int32, device=self._device)
+        choose(records, logits, changed, found, self._counts.output_counts, token_ids, packed)
         if rows:
-            lines = packed[num_rows:].view(len(rows), -1)
-            report(there, logits, found, token_ids, self._requested.entries, lines,
-                   num_top=widths[0])  # fmt: skip
+            out = packed[_padded(num_rows) :].view(len(rows), -1)
+            report(
+                records, logits, found, token_ids, self._requested.entries, out, num_top=widths[0]
+            )
         return self._copied(packed, token_ids, rows, specs, widths, prompt_logprobs)
 
     def prompt_logprobs(
@@ -130,33 +151,56 @@ class DeviceSampler:
     ) -> PositionLogprobs:
         """As `StepSampler` says."""
         num_rows = len(token_ids)
-        specs = [spec] * num_rows
         widths = _widths([spec], self._vocab_size)
         row = self._prompt_requested.assign(0, _entries(spec))
-        records = report_records(range(num_rows), specs, [row] * num_rows)
-        there = upload_array(self._device, _words(records))
+        words = as_words(report_record(spec, self._vocab_size, row)).repeat(num_rows, 0)
+        words[:, LOGITS_ROW_WORD] = words[:, SAMPLED_ROW_WORD] = np.arange(num_rows)
+        records = upload_array(self._device, words)
         following = upload_array(self._device, np.array(token_ids, np.int64))
-        found = scan(there, logits, logits, True)
-        lines = torch.empty((num_rows, _width(widths)), dtype=torch.int32, device=self._device)
-        report(there, logits, found, following, self._prompt_requested.entries, lines,
-               num_top=widths[0])  # fmt: skip
-        return _unpacked(lines, widths)
+        found = scan(records, logits, logits, True)
+        out = torch.empty((num_rows, _width(widths)), dtype=torch.int32, device=self._device)
+        requested = self._prompt_requested.entries
+        report(records, logits, found, following, requested, out, num_top=widths[0])
+        return _unpacked(out, widths)
 
-    def _step_records(
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Sample a row with every feature and one with none, so that no later step compiles."""
+        everything = SamplingParams(presence_penalty=1.0, top_p=0.5)
+        logits = torch.zeros((1, self._vocab_size), device=self._device)
+        slots, positions = np.zeros(1, np.int32), np.zeros(1, np.int64)
+        for sampling, spec in (
+            (everything, LogprobSpec(output=True)),
+            (SamplingParams(temperature=0.0), _NO_SPEC),
+        ):
+            self.assign(
+                SlotAssignment(
+                    slot=0,
+                    sampling=sampling,
+                    logprobs=spec,
+                    choice_index=0,
+                    prompt_len=0,
+                    token_ids=[],
+                )
+            )
+            self.sample(logits, slots, positions, [], reports=True)
+
+    def _step_words(
         self, slots: npt.NDArray[np.int32], positions: Int64Array
-    ) -> tuple[npt.NDArray[np.void], int]:
-        """Records of the rows, and how many of them read a changed copy."""
-        records = self._records[slots]
+    ) -> tuple[npt.NDArray[np.int32], int]:
+        """Records [R, words] of the rows, and how many of them read a changed copy."""
+        words = self._records.take(slots, 0)
+        records = words.view(RECORD)[:, 0]
         records["logits_row"] = np.arange(len(slots))
         records["position"] = positions
+        if not self._may_change.take(slots).any():
+            return words, 0
         may_not_stop = records["position"] < records["first_stop_position"]
         records["num_biases"] = np.where(may_not_stop, records["num_barred"], records["num_biases"])
-        is_changed = (records["num_biases"] > 0) | (records["count_row"] >= 0)
-        jobs = np.flatnonzero(is_changed)
-        if jobs.size:
-            records["changed_row"][jobs] = np.arange(jobs.size)
-            records["changed_job"][: jobs.size] = jobs
-        return records, jobs.size
+        jobs = np.flatnonzero((records["num_biases"] > 0) | (records["count_row"] >= 0))
+        records["changed_row"][jobs] = np.arange(jobs.size)
+        records["changed_job"][: jobs.size] = jobs
+        return words, jobs.size
 
     def _copied(
         self,
@@ -173,7 +217,7 @@ class DeviceSampler:
         # The host's memory for such a copy is pinned, so that nothing waits for it.
         host = (torch.cat(parts) if prompts else packed).to("cpu", non_blocking=True)
         own, *others = torch.split(host, [len(part) for part in parts])
-        lines = own[num_rows:].view(len(rows), -1) if rows else None
+        lines = own[_padded(num_rows) :].view(len(rows), -1) if rows else None
         return SampledStep(
             device_ids=token_ids,
             token_ids=own[:num_rows],
@@ -188,8 +232,9 @@ class DeviceSampler:
         )
 
 
-def _words(records: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
-    return records.view(np.int32).reshape(len(records), -1)
+def _padded(num_rows: int) -> int:
+    """Where lines begin after so many ids: at 16 bytes."""
+    return -(-num_rows // 4) * 4
 
 
 def _width(widths: tuple[int, int]) -> int:

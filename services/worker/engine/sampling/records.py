@@ -5,8 +5,6 @@ The layout is that of `kernels/sampling_math.py`, one int32 word a field, floats
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -52,6 +50,9 @@ RECORD = np.dtype(
     ]
 )
 
+# Words of the fields that are read or set for a whole step.
+LOGITS_ROW_WORD, MODE_WORD, SAMPLED_ROW_WORD = 0, 2, 20
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -82,20 +83,22 @@ def slot_record(
     return record
 
 
-def report_records(
-    rows: Sequence[int], specs: Sequence[LogprobSpec], requested_rows: Sequence[int]
-) -> npt.NDArray[np.void]:
-    """Records of the passes that find log-probabilities of `rows` of raw logits."""
-    records = np.zeros(len(rows), RECORD)
-    records["logits_row"] = records["sampled_row"] = rows
-    records["changed_row"] = -1
-    records["mode"] = GROUPS | MASS
-    records["temperature"] = 1.0
-    records["count_row"] = -1
-    records["requested_row"] = requested_rows
-    records["num_requested"] = [len(spec.token_ids) for spec in specs]
-    records["num_top"] = [spec.num_top for spec in specs]
-    return records
+def report_record(spec: LogprobSpec, vocab_size: int, requested_row: int) -> npt.NDArray[np.void]:
+    """A record [] of the pass that finds log-probabilities of raw logits, but for its row."""
+    record = np.zeros((), RECORD)
+    record["changed_row"] = -1
+    record["mode"] = GROUPS | MASS
+    record["temperature"] = 1.0
+    record["count_row"] = -1
+    record["requested_row"] = requested_row
+    record["num_requested"] = len(spec.token_ids)
+    record["num_top"] = min(spec.num_top, vocab_size)
+    return record
+
+
+def as_words(record: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
+    """A record [] -> its words, [1, words]."""
+    return record.reshape(1).view(np.int32).reshape(1, -1)
 
 
 def _is_random(params: SamplingParams) -> bool:
