@@ -170,7 +170,7 @@ def _weigh(
     """How many tokens of the row have keys of at least `least_key`, and their mass."""
     counts = tl.zeros((SIZE,), tl.int32)
     masses = tl.zeros((SIZE,), tl.float32)
-    for first_id in tl.range(0, vocab_size, SIZE, num_stages=3):
+    for first_id in range(0, vocab_size, SIZE):
         ids = first_id + tl.arange(0, SIZE)
         raw = load_row(logits, changed, row, changed_row, stride, vocab_size, ids, ids < vocab_size)
         scaled = tl.div_rn(raw, temperature)
@@ -188,7 +188,7 @@ def _draw_above(
     """The largest value plus noise among tokens with keys of at least `least_key`, and its id."""
     best = float("-inf")
     best_id = 0
-    for first_id in tl.range(0, vocab_size, SIZE, num_stages=3):
+    for first_id in range(0, vocab_size, SIZE):
         ids = first_id + tl.arange(0, SIZE)
         raw = load_row(logits, changed, row, changed_row, stride, vocab_size, ids, ids < vocab_size)
         valid = key_of(tl.div_rn(raw, temperature)) >= least_key

@@ -163,7 +163,6 @@ class DeviceSampler:
         report(records, logits, found, following, requested, out, num_top=widths[0])
         return _unpacked(out, widths)
 
-    @torch.inference_mode()
     def _compile(self) -> None:
         """Sample a row with every feature and one with none, so that no later step compiles."""
         everything = SamplingParams(presence_penalty=1.0, top_p=0.5)
