@@ -53,6 +53,9 @@ class NullRunner:
         first = number * 257 % (len(self._ids) - num_rows)
         return StepResult(step_number=number, token_ids=self._ids[first : first + num_rows])
 
+    def check(self) -> None:
+        """Nothing that could fail."""
+
     def close(self) -> None:
         """Nothing to release."""
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
@@ -67,6 +68,24 @@ def parse_config(
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `extra` on top, for starting a child."""
     return {**os.environ, **extra}
+
+
+def set_default_environment(defaults: Mapping[str, str]) -> None:
+    """Set what the environment leaves open, for libraries that read it and for all children."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def kernel_cache_environment(directory: Path | None) -> dict[str, str]:
+    """Where Triton, FlashInfer and torch's compiler keep kernels; empty for their own places."""
+    if directory is None:
+        return {}
+    root = directory.resolve()
+    return {
+        "TRITON_CACHE_DIR": str(root / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(root),
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+    }
 
 
 def _is_required(field: Field[Any]) -> bool:

@@ -12,7 +12,7 @@ from services.common.errors import RhizomeError
 from services.gateway import health
 from services.gateway.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from services.gateway.http_errors import HttpError
-from services.gateway.native import generate, info
+from services.gateway.native import generate, info, profile
 from services.gateway.openai import chat, completions
 from services.gateway.serving import Serving
 
@@ -34,6 +34,8 @@ _ROUTES: list[tuple[str, list[str], Handler]] = [
     ("/get_server_info", ["GET"], info.server_info),
     ("/server_info", ["GET"], info.server_info),
     ("/flush_cache", ["GET", "POST"], info.flush_cache),
+    ("/start_profile", ["GET", "POST"], profile.start_profile),
+    ("/stop_profile", ["GET", "POST"], profile.stop_profile),
 ]
 _OTHER = "other"
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.model_files import builtin_model_path
+from services.common.nodes import check_nodes, check_p2p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,33 @@ class ServeConfig:
     dp: Annotated[int, Parameter(name=["--dp", "--dp-size", "--data-parallel-size"])] = 1
     """Replicas of the model; the scheduler spreads requests over them."""
 
+    nnodes: int = 1
+    """Hosts that share one replica, `tp / nnodes` ranks each."""
+
+    node_rank: int = 0
+    """Which of the hosts this is; host 0 serves, the others only compute."""
+
+    nccl_init_addr: Annotated[
+        str | None, Parameter(name=["--nccl-init-addr", "--nccl-init", "--dist-init-addr"])
+    ] = None
+    """`host:port` of host 0 where the ranks meet. Default: a free port of this host."""
+
+    enable_p2p_check: bool = False
+    """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
+
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
+    base_gpu_id: int = 0
+    """First GPU to take; each replica takes the `tp` GPUs after those of the one before."""
+
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
 
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and the key/value cache."""
+    mem_fraction_static: float | None = None
+    """Share of the device's free memory for weights and the key/value cache. Default: all that
+    the largest step and the CUDA graphs, measured at start, leave; more than that is not taken.
+    """
 
     max_total_tokens: int | None = None
     """Tokens the key/value cache holds. Default: what memory allows."""
@@ -56,6 +79,11 @@ class ServeConfig:
 
     max_running_requests: int | None = None
     """Most sequences that run at once. Default: the worker's own."""
+
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request a worker starts first: the one with the longest cached prefix (those
+    that waited for 10 s before others), or the one that came first.
+    """
 
     page_size: int = 16
     """Tokens a page of the key/value cache."""
@@ -69,14 +97,37 @@ class ServeConfig:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
+    quantization: Literal["fp8"] | None = None
+    """`fp8` keeps linear layers in FP8 (E4M3). Default: as the checkpoint has them."""
+
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Number format of the key/value cache; `auto` is that of activations."""
+
     attention_backend: str | None = None
-    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+    """`flashinfer`, `triton` or `torch`. Default: the best that can run the model."""
+
+    disable_flashinfer: bool = False
+    """Choose among the other attention backends."""
+
+    attention_reduce_in_fp32: bool = False
+    """Multiply softmax probabilities with values in float32 (backends `triton` and `torch`)."""
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
 
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU."""
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
+
     policy: str | None = None
     """How the scheduler places requests. Default: its own."""
+
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
@@ -89,7 +140,27 @@ class ServeConfig:
         for name in ("tp", "dp", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.mem_fraction_static <= 1:
+        if self.base_gpu_id < 0:
+            raise ValueError(f"base-gpu-id must be >= 0, got {self.base_gpu_id}")
+        check_p2p(
+            enabled=self.enable_p2p_check,
+            device=self.device,
+            nnodes=self.nnodes,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+        )
+        check_nodes(
+            tp=self.tp,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+        )
+        if self.dp > 1 and self.nnodes > 1:
+            raise ValueError(
+                f"dp must be 1 with nnodes > 1, got {self.dp}: start one system for each replica"
+            )
+        if self.dp > 1 and self.nccl_init_addr is not None:
+            raise ValueError(f"nccl-init-addr is of one replica, but dp is {self.dp}")
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem-fraction-static must be within (0, 1], got {self.mem_fraction_static}"
             )

@@ -13,19 +13,27 @@ from services.common.process import run, stop_event
 from services.launch.config import ServeConfig
 from services.launch.supervisor import ServiceGaveUpError, Supervisor, private_directory
 from services.launch.topology import build_topology
+from services.launch.warm import warm
 
 logger = logging.getLogger(__name__)
+
+# Commands that are programs of their own. They are named, as services are, never imported.
+_PROGRAMS = {"bench": "services.bench"}
 
 _USAGE = """usage: rhizome COMMAND [--help]
 
 commands:
+  bench   measure a server, or the engine alone
   serve   start all services on this host and serve one model
+  warm    compile the kernels of a model into --kernel-cache-dir; takes serve's flags
 """
 
 
 def main() -> None:
     """Run one subcommand; exits with 2 on bad arguments, 1 when a service cannot be kept up."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
+    if command in _PROGRAMS:
+        os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     if command == "serve":
         config = parse_config(ServeConfig, "serve", arguments, program="rhizome serve")
         configure_logging("launch", config.log_level)
@@ -33,6 +41,8 @@ def main() -> None:
             run(serve(config))
         except ServiceGaveUpError as error:
             sys.exit(f"rhizome serve: giving up. {error}")
+    elif command == "warm":
+        sys.exit(warm(parse_config(ServeConfig, "serve", arguments, program="rhizome warm")))
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:
@@ -52,6 +62,8 @@ async def serve(config: ServeConfig) -> None:
 
 def ready_message(config: ServeConfig) -> str:
     """What a newcomer needs next: where it listens, and a request to paste."""
+    if config.node_rank > 0:
+        return f"\nNode {config.node_rank} has joined; node 0 serves.\n"
     base = f"http://{config.host}:{config.port}"
     body = {
         "model": "default",

@@ -132,6 +132,8 @@ class _Service:
                 await asyncio.sleep(_POLL_S)
 
     def _obituary(self, status: int, failures: int) -> str:
+        if status == PERMANENT_FAILURE and self._last_lines:
+            return f"{self.spec.name} cannot start: {self._last_lines[-1]}"
         lines = "\n".join(f"    {line}" for line in self._last_lines)
         return (
             f"{self.spec.name} ended with status {status} before it was ready"

@@ -28,21 +28,17 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     """All services of `rhizome serve`, in the order they stop.
 
     They meet over Unix sockets in `directory`, which only this user may enter; only the gateway
-    listens on the network.
+    listens on the network. A node above 0 has nothing but its ranks, which one worker runs.
     """
     sockets = {
         name: f"unix:{directory}/{name}.sock" for name in ("tokenizer", "scheduler", "index")
     }
+    if config.node_rank > 0:
+        return [_node(config, directory, parent_pid)]
     gateway_grpc = f"{config.host}:{_grpc_port(config)}"
 
     def spec(name: str, module: str, listen: str, *arguments: str, grace_s: float) -> ServiceSpec:
-        common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
-        return ServiceSpec(
-            name=name,
-            argv=(sys.executable, "-m", f"services.{module}", *common, *arguments),
-            health_target=listen,
-            grace_s=grace_s,
-        )
+        return _service(config, parent_pid, name, module, listen, *arguments, grace_s=grace_s)
 
     specs = [
         spec(
@@ -66,7 +62,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
                 *("--scheduler", sockets["scheduler"]),
                 # The gateway has drained before: nothing is left to wait for.
                 *("--drain-timeout-s", "1"),
-                *_worker_arguments(config),
+                *worker_arguments(config, replica=index),
                 grace_s=5.0,
             )
         )
@@ -82,6 +78,38 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     return specs
 
 
+def _node(config: ServeConfig, directory: Path, parent_pid: int) -> ServiceSpec:
+    name = f"node-{config.node_rank}"
+    listen = f"unix:{directory}/{name}.sock"
+    return _service(
+        config,
+        parent_pid,
+        name,
+        "worker",
+        listen,
+        *("--listen", listen, *worker_arguments(config)),
+        grace_s=5.0,
+    )
+
+
+def _service(
+    config: ServeConfig,
+    parent_pid: int,
+    name: str,
+    module: str,
+    listen: str,
+    *arguments: str,
+    grace_s: float,
+) -> ServiceSpec:
+    common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
+    return ServiceSpec(
+        name=name,
+        argv=(sys.executable, "-m", f"services.{module}", *common, *arguments),
+        health_target=listen,
+        grace_s=grace_s,
+    )
+
+
 def _grpc_port(config: ServeConfig) -> int:
     return config.port + 1 if config.grpc_port is None else config.grpc_port
 
@@ -95,23 +123,41 @@ def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def _worker_arguments(config: ServeConfig) -> tuple[str, ...]:
+def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...]:
+    """What the worker of a replica is told of the model and of how to run it."""
     arguments = {
         "--served-model-name": config.served_model_name or config.model_path.resolve().name,
         "--tp-size": config.tp,
+        "--nnodes": config.nnodes,
+        "--node-rank": config.node_rank,
+        "--nccl-init-addr": config.nccl_init_addr,
+        "--base-gpu-id": config.base_gpu_id + replica * config.tp,
         "--page-size": config.page_size,
         "--mem-fraction-static": config.mem_fraction_static,
         "--dtype": config.dtype,
         "--device": config.device,
         "--load-format": config.load_format,
+        "--quantization": config.quantization,
+        "--kv-cache-dtype": config.kv_cache_dtype,
         "--attention-backend": config.attention_backend,
         "--context-length": config.context_length,
         "--max-total-tokens": config.max_total_tokens,
         "--chunked-prefill-size": config.chunked_prefill_size,
+        "--profile-dir": config.profile_dir,
         "--max-running-requests": config.max_running_requests,
+        "--schedule-policy": config.schedule_policy,
+        "--kernel-cache-dir": config.kernel_cache_dir,
     }
     given = [
         part for flag, value in arguments.items() if value is not None for part in (flag, value)
     ]
-    switches = ("--disable-cuda-graph",) if config.disable_cuda_graph else ()
+    wishes = {
+        "--disable-flashinfer": config.disable_flashinfer,
+        "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
+        "--disable-cuda-graph": config.disable_cuda_graph,
+        "--enable-p2p-check": config.enable_p2p_check,
+        "--disable-custom-all-reduce": config.disable_custom_all_reduce,
+        "--enable-torch-compile": config.enable_torch_compile,
+    }
+    switches = (flag for flag, wished in wishes.items() if wished)
     return (*_model_arguments(config), *(str(part) for part in given), *switches)

@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.model_files import builtin_model_path
+from services.common.nodes import check_nodes, check_p2p
 from services.worker.engine.options import EngineOptions
-
-_CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,22 +46,51 @@ class WorkerConfig:
     """Placement hint `key=value`, such as zone or rack; may be given repeatedly."""
 
     tp_size: Annotated[int, Parameter(name=["--tp-size", "--tp", "--tensor-parallel-size"])] = 1
-    """Ranks that share the replica."""
+    """Ranks that share the replica, a GPU each."""
+
+    nnodes: int = 1
+    """Hosts that share the replica, `tp-size / nnodes` ranks each."""
+
+    node_rank: int = 0
+    """Which of the hosts this is; host 0 serves, the others only compute."""
+
+    nccl_init_addr: Annotated[
+        str | None, Parameter(name=["--nccl-init-addr", "--nccl-init", "--dist-init-addr"])
+    ] = None
+    """`host:port` of host 0 where the ranks meet. Default: a free port of this host."""
+
+    enable_p2p_check: bool = False
+    """Verify at start that GPUs can write each other's memory. Default: trust the driver."""
+
+    disable_custom_all_reduce: bool = False
+    """Leave small messages between GPUs to NCCL, too."""
+
+    base_gpu_id: int = 0
+    """First GPU that this worker takes."""
 
     context_length: int | None = None
     """Longest sequence in tokens, prompt and output. Default: the model's own."""
 
-    mem_fraction_static: float = 0.9
-    """Share of the device's memory for weights and the key/value cache."""
+    mem_fraction_static: float | None = None
+    """Share of the device's free memory for weights and the key/value cache. Default: all that
+    the largest step and the CUDA graphs, measured at start, leave; more than that is not taken.
+    """
 
     max_total_tokens: int | None = None
     """Tokens the key/value cache holds. Default: what memory allows."""
 
     chunked_prefill_size: int | None = None
-    """Most tokens computed in one step. Default: 8192 with `--device cuda`, else 2048."""
+    """Most tokens computed in one step. Default, by the GPU's memory: 2048 below 35 GiB, 4096
+    below 60, 8192 below 160, else 16384; on CPUs 2048.
+    """
 
-    max_running_requests: int = 256
-    """Most sequences that run at once."""
+    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    """Which waiting request starts first: `lpm`, the one with the longest cached prefix (those
+    that waited for 10 s before others), or `fcfs`, the one that came first.
+    """
+
+    max_running_requests: int | None = None
+    """Most sequences that run at once. Default: 512 on GPUs of 60 GiB and more, else 256."""
 
     max_queued_requests: int = 4096
     """Most sequences that may wait; more are refused with RESOURCE_EXHAUSTED."""
@@ -79,17 +107,42 @@ class WorkerConfig:
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """`dummy` gives random weights in the model's shapes, for benchmarks."""
 
+    quantization: Literal["fp8"] | None = None
+    """`fp8` keeps linear layers in FP8 (E4M3). Default: as the checkpoint has them."""
+
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """Number format of the key/value cache; `auto` is that of activations."""
+
     attention_backend: str | None = None
-    """Attention implementation, `flashinfer` or `torch`. Default: the best for the device."""
+    """`flashinfer`, `triton` or `torch`. Default: the best that can run the model."""
+
+    disable_flashinfer: bool = False
+    """Choose among the other attention backends."""
+
+    attention_reduce_in_fp32: bool = False
+    """Multiply softmax probabilities with values in float32 (backends `triton` and `torch`)."""
 
     disable_cuda_graph: bool = False
     """Launch every kernel of a decode step by itself."""
+
+    enable_torch_compile: bool = False
+    """Compile the elementwise work of float32 models on a GPU; 16-bit types have kernels of their
+    own. Starts take longer, and results may differ in the last bits.
+    """
+
+    kernel_cache_dir: Path | None = None
+    """Directory of compiled kernels, as `rhizome warm` fills it. Default: below the home
+    directory.
+    """
 
     chat_template: str | None = None
     """As the tokenizer service's flag: workers of a pool must agree on its digest."""
 
     drain_timeout_s: float = 30.0
     """Longest time that running sequences get to finish after SIGTERM."""
+
+    profile_dir: Path | None = None
+    """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
@@ -98,10 +151,24 @@ class WorkerConfig:
     """Process to die with; set by the launcher."""
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "page_size", "max_running_requests"):
+        for name in ("tp_size", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("context_length", "chunked_prefill_size"):
+        if self.base_gpu_id < 0:
+            raise ValueError(f"base_gpu_id must be >= 0, got {self.base_gpu_id}")
+        check_p2p(
+            enabled=self.enable_p2p_check,
+            device=self.device,
+            nnodes=self.nnodes,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+        )
+        check_nodes(
+            tp=self.tp_size,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+        )
+        for name in ("context_length", "chunked_prefill_size", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
@@ -112,7 +179,7 @@ class WorkerConfig:
                 f"max_total_tokens must hold a page of {self.page_size}, "
                 f"got {self.max_total_tokens}"
             )
-        if not 0 < self.mem_fraction_static <= 1:
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise ValueError(
                 f"mem_fraction_static must be within (0, 1], got {self.mem_fraction_static}"
             )
@@ -138,7 +205,6 @@ class WorkerConfig:
 
     def engine_options(self) -> EngineOptions:
         """What the engine needs of all this."""
-        prefill = self.chunked_prefill_size
         pages = self.max_total_tokens
         return EngineOptions(
             model_path=self.model_path,
@@ -146,13 +212,26 @@ class WorkerConfig:
             device=self.device,
             dtype=self.dtype,
             attention_backend=self.attention_backend,
+            disable_flashinfer=self.disable_flashinfer,
+            attention_reduce_in_fp32=self.attention_reduce_in_fp32,
             disable_cuda_graph=self.disable_cuda_graph,
             load_format=self.load_format,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
+            profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,
-            chunked_prefill_size=prefill or _CHUNKED_PREFILL_SIZE.get(self.device, 2048),
+            chunked_prefill_size=self.chunked_prefill_size,
+            schedule_policy=self.schedule_policy,
+            enable_torch_compile=self.enable_torch_compile,
             mem_fraction_static=self.mem_fraction_static,
             num_pages=None if pages is None else pages // self.page_size,
             tp_size=self.tp_size,
+            nnodes=self.nnodes,
+            node_rank=self.node_rank,
+            nccl_init_addr=self.nccl_init_addr,
+            enable_p2p_check=self.enable_p2p_check,
+            disable_custom_all_reduce=self.disable_custom_all_reduce,
+            base_gpu_id=self.base_gpu_id,
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from services.common.config import child_environment, kernel_cache_environment
 from services.worker.engine.messages import EngineInput, EngineOutput, Stop
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.process import EngineSpec, encode_spec
@@ -100,7 +101,13 @@ class EngineProcess:
         self._process = process
 
     @classmethod
-    async def start(cls, link: EngineLink, options: EngineOptions, log_level: str) -> EngineProcess:
+    async def start(
+        cls,
+        link: EngineLink,
+        options: EngineOptions,
+        log_level: str,
+        kernel_cache_dir: Path | None = None,
+    ) -> EngineProcess:
         """Start the engine at the other end of `link`."""
         spec = EngineSpec(
             input_address=link.input_address,
@@ -110,7 +117,8 @@ class EngineProcess:
             options=options,
         )
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.worker.engine.process", encode_spec(spec)
+            *(sys.executable, "-m", "services.worker.engine.process", encode_spec(spec)),
+            env=child_environment(kernel_cache_environment(kernel_cache_dir)),
         )
         logger.info("event=engine_started pid=%s", process.pid)
         return cls(process)

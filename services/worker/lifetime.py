@@ -30,7 +30,9 @@ async def serve(config: WorkerConfig) -> None:
     options = service_options(config)
     async with engine_link() as link:
         # Started before the server: gRPC's threads and a fork do not go well together.
-        engine = await EngineProcess.start(link, config.engine_options(), config.log_level)
+        engine = await EngineProcess.start(
+            link, config.engine_options(), config.log_level, config.kernel_cache_dir
+        )
         grace_s = 0.0
         try:
             async with running_worker(options, link) as worker:

@@ -1,7 +1,8 @@
 """Parses the configuration, starts the worker, and turns its failure into an exit status.
 
 Status 3: the engine cannot load, and starting again cannot help. 4: the engine died; the
-launcher starts the worker again, under a new epoch.
+launcher starts the worker again, under a new epoch. On a node above 0, 4 is also how the group's
+end shows.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ def main() -> None:
     # Imported late: --help and bad flags need none of it.
     from services.common.process import die_with_parent, run
     from services.worker.lifetime import serve
+    from services.worker.node import serve_node
     from services.worker.replica import ReplicaFailedError
 
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     try:
-        run(serve(config))
+        run(serve(config) if config.node_rank == 0 else serve_node(config))
     except ReplicaFailedError as error:
         logger.error("event=worker_failed permanent=%s reason=%s", error.permanent, error.reason)
+        # The last line, for whoever reads only that.
+        print(error.reason, file=sys.stderr, flush=True)
         sys.exit(EXIT_CANNOT_LOAD if error.permanent else EXIT_ENGINE_DIED)

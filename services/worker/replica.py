@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 
 from rhizome.common.v1 import pool_identity_pb2, worker_role_pb2
 from rhizome.worker.v1 import worker_service_pb2 as pb
-from services.common.errors import OverloadedError, RhizomeError, UnavailableError
+from services.common.errors import (
+    InternalError,
+    OverloadedError,
+    PreconditionError,
+    RhizomeError,
+    UnavailableError,
+)
 from services.common.prefix_hash import cache_namespace
 from services.worker import wire
 from services.worker.cache_events import CacheEventLog
@@ -23,7 +30,10 @@ from services.worker.engine.messages import (
     EngineReady,
     FlushCache,
     LoadProgress,
+    ProfileState,
+    StartProfile,
     StepOutput,
+    StopProfile,
 )
 from services.worker.engine_link import EngineLink
 from services.worker.outputs import NOBODY, OutputLog, OutputRouter, Sink
@@ -89,6 +99,8 @@ class Replica:
         self._keys = count(1)
         self._progress = LoadProgress(0.0, "")
         self._flush: asyncio.Future[int] | None = None
+        # Calls about profiles; the engine answers in order.
+        self._profiles: deque[asyncio.Future[ProfileState]] = deque()
         self._watchers: set[asyncio.Event] = set()
         self._state_watchers: set[asyncio.Event] = set()
 
@@ -175,6 +187,21 @@ class Replica:
             self._link.send(FlushCache())
         return await asyncio.shield(self._flush)
 
+    async def profile(self, message: StartProfile | StopProfile) -> str:
+        """Start or stop a recording; after a stop, where its trace is.
+
+        Raises PreconditionError when the engine refuses, InternalError when it fails.
+        """
+        if self.ready is None or self.failed.done():
+            raise UnavailableError("the engine is not up")
+        answer: asyncio.Future[ProfileState] = asyncio.get_running_loop().create_future()
+        self._profiles.append(answer)
+        self._link.send(message)
+        state = await answer
+        if state.error:
+            raise (PreconditionError if state.is_refusal else InternalError)(state.error)
+        return state.trace_path
+
     def drain(self, reason: str) -> None:
         """Admit nothing more; what runs goes on."""
         if not self.draining:
@@ -193,12 +220,19 @@ class Replica:
         if self._flush is not None and not self._flush.done():
             self._flush.set_exception(UnavailableError(message))
             self._flush = None
+        while self._profiles:
+            if not (answer := self._profiles.popleft()).done():
+                answer.set_exception(UnavailableError(message))
         self.notify_state()
 
     def handle(self, output: EngineOutput) -> None:
         """Take one message of the engine."""
         if isinstance(output, StepOutput):
             self._handle_step(output)
+        elif isinstance(output, ProfileState):
+            # A caller may have gone away; the engine answers all the same.
+            if not (answer := self._profiles.popleft()).done():
+                answer.set_result(output)
         elif isinstance(output, LoadProgress):
             self._log_progress(output)
         elif isinstance(output, EngineReady):

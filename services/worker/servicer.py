@@ -7,7 +7,7 @@ from typing import Any
 
 from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc as pb_grpc
 from services.common.errors import UnimplementedError, error_from_code
-from services.worker.engine.messages import SequenceError
+from services.worker.engine.messages import SequenceError, StartProfile, StopProfile
 from services.worker.frames import FRAME_BYTES, FrameBuilder
 from services.worker.outputs import Delivery
 from services.worker.replica import Replica, worker_info
@@ -77,12 +77,19 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     async def StartProfile(
         self, request: pb.StartProfileRequest, context: Any
     ) -> pb.StartProfileResponse:
-        raise UnimplementedError("StartProfile comes in a later release")
+        await self._replica.profile(
+            StartProfile(
+                num_steps=request.num_steps,
+                with_stack=request.with_stack if request.HasField("with_stack") else True,
+                record_shapes=request.record_shapes,
+            )
+        )
+        return pb.StartProfileResponse()
 
     async def StopProfile(
         self, request: pb.StopProfileRequest, context: Any
     ) -> pb.StopProfileResponse:
-        raise UnimplementedError("StopProfile comes in a later release")
+        return pb.StopProfileResponse(trace_path=await self._replica.profile(StopProfile()))
 
     async def TransferPages(  # type: ignore[override]
         self, request_iterator: Any, context: Any

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.worker.engine.batching.budget import GrowthEstimate
+from services.worker.engine.batching.policy import SchedulePolicy
 from services.worker.engine.batching.scheduler import BatchScheduler
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.messages import (
@@ -118,6 +119,7 @@ class EngineDriver:
         max_step_tokens: int = 32,
         num_in_flight: int = 1,
         growth: GrowthEstimate | None = None,
+        policy: SchedulePolicy = "fcfs",
     ) -> None:
         self.vocab_size = vocab_size
         self.num_pages = num_pages
@@ -143,6 +145,7 @@ class EngineDriver:
             max_step_tokens=max_step_tokens,
             num_in_flight=num_in_flight,
             growth=growth,
+            policy=policy,
             clock=self.clock,
         )
         self.inbox = ListInbox()

@@ -121,6 +121,8 @@ class FakeRunner:
         self.num_in_flight = num_in_flight
         self.num_steps = 0
         self.is_closed = False
+        self.num_checks = 0
+        self.failure: Exception | None = None
         # Largest number of tokens that a step computed.
         self.peak_step_tokens = 0
         self.num_tokens_computed = 0
@@ -191,6 +193,12 @@ class FakeRunner:
         result = self._sampled.popleft().result
         assert result is not None, "a sampled step has a result"
         return result
+
+    def check(self) -> None:
+        """Count the times that an idle loop asked; raise `failure` if one was set."""
+        self.num_checks += 1
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         """Refuse all further work."""

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.common.config import child_environment
 
 # One thread, so that a test does not take the machine.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+_PATH = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH}
 
 
 class WorkerProcess:

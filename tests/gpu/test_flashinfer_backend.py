@@ -34,10 +34,19 @@ PROMPT = [(7 * i * i + 3 * i) % 1500 for i in range(150)]
 class Harness:
     """Both backends over equal pools of random keys and values."""
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, page_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        page_size: int,
+        seed: int,
+        few_rows: int = 0,
+    ) -> None:
         flashinfer_backend = pytest.importorskip(
             "services.worker.engine.attention.flashinfer_backend"
         )
+        triton_backend = pytest.importorskip("services.worker.engine.attention.triton_backend")
         self.random = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.num_slots, self.page_size = 12, page_size
@@ -60,7 +69,15 @@ class Harness:
         pools[1].tensor.copy_(pools[0].tensor)
         self.reference = TorchAttention(pools[0])
         self.flashinfer = flashinfer_backend.FlashInferAttention(
-            pools[1], num_heads=num_heads, max_captured_rows=self.num_slots, max_pages=max_pages
+            pools[1],
+            num_heads=num_heads,
+            max_captured_rows=self.num_slots,
+            max_pages=max_pages,
+            others=triton_backend.TritonAttention(
+                pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
+            ),
+            has_other_layers=True,
+            few_rows=few_rows,
         )
         self.pools = pools
         table = self.random.permutation(num_pages).reshape(self.num_slots, max_pages)
@@ -134,9 +151,18 @@ def test_random_steps_equal_the_reference(
         AttentionLayer(index=0, scale=0.2),
     ],
 )
-def test_other_layers_are_the_torch_backends(layer: AttentionLayer) -> None:
+def test_layers_that_flashinfer_does_not_take_are_computed_too(layer: AttentionLayer) -> None:
     harness = Harness(num_heads=8, num_kv_heads=2, page_size=16, seed=1)
     harness.compare(harness.inputs([1, 1, 70, 1], [5, 300, 90, 0]), layer, captured=False)
+    harness.compare(harness.inputs([1] * 5, [5, 300, 90, 0, 64]), layer, captured=True)
+
+
+def test_captured_steps_of_few_rows_equal_the_reference() -> None:
+    harness = Harness(num_heads=32, num_kv_heads=8, page_size=16, seed=2, few_rows=4)
+    for num_rows in (3, 9, 4, 1, 12):
+        starts = harness.random.integers(0, MAX_LEN, num_rows).tolist()
+        harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=True)
+        harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=False)
 
 
 class Engine:
@@ -282,7 +308,7 @@ def test_decode_steps_do_not_wait_for_the_device(graphs: Engine) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_float32_falls_back_to_torch() -> None:
+def test_float32_falls_back_to_triton() -> None:
     engine = Engine(dtype="float32")
-    assert engine.plan.attention_backend == "torch"
+    assert engine.plan.attention_backend == "triton"
     engine.runner.close()

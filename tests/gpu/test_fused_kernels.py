@@ -56,6 +56,21 @@ def test_rotation(fused, num_tokens: int, num_heads: int, head_dim: int) -> None
 
 
 @SIZES
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(16, 128), (3, 64), (7, 96)])
+def test_rotation_of_normed_heads(fused, num_tokens: int, num_heads: int, head_dim: int) -> None:
+    x = randn(num_tokens, num_heads + 5, head_dim)[:, : num_heads + 2]
+    cos, sin = randn(num_tokens, 1, head_dim // 2), randn(num_tokens, 1, head_dim // 2)
+    weights = randn(2, head_dim)
+    normed = F.rms_norm(x.double(), (head_dim,), None, 1e-6)
+    normed[:, :num_heads] *= weights[0].double()
+    normed[:, num_heads:] *= weights[1].double()
+    expected = rotate(normed, cos.double(), sin.double())
+    out = fused.norm_rotate(x, cos, sin, weights[0], weights[1], num_heads, 1e-6)
+    # Rounded after the norm and after its weight as well.
+    torch.testing.assert_close(out.double(), expected, atol=5e-2, rtol=2e-2)
+
+
+@SIZES
 def test_keys_and_values_go_to_their_places(fused, num_tokens: int) -> None:
     packed = randn(num_tokens, 12, 96)
     k, v = packed[:, 2:5], packed[:, 9:]

@@ -169,8 +169,6 @@ async def test_later_releases_rpcs_are_unimplemented(bench: Bench) -> None:
 
     for call in (
         bench.stub.Embed(pb.EmbedRequest()),
-        bench.stub.StartProfile(pb.StartProfileRequest()),
-        bench.stub.StopProfile(pb.StopProfileRequest()),
         transfer(),
     ):
         with pytest.raises(aio.AioRpcError) as raised:

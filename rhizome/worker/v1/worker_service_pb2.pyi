@@ -1078,18 +1078,35 @@ class StartProfileRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    WITH_STACK_FIELD_NUMBER: _builtins.int
+    RECORD_SHAPES_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
     """Steps to record; 0 records until StopProfile."""
+    with_stack: _builtins.bool
+    """Record Python's stack, which names the model's parts and slows the host.
+    Unset means true.
+    """
+    record_shapes: _builtins.bool
+    """Record tensors' shapes. Unset means false."""
     def __init__(
         self,
         *,
         num_steps: _builtins.int = ...,
+        with_stack: _builtins.bool | None = ...,
+        record_shapes: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_record_shapes", b"_record_shapes", "_with_stack", b"_with_stack", "record_shapes", b"record_shapes", "with_stack", b"with_stack"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_steps", b"num_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_record_shapes", b"_record_shapes", "_with_stack", b"_with_stack", "num_steps", b"num_steps", "record_shapes", b"record_shapes", "with_stack", b"with_stack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__record_shapes: _TypeAlias = _typing.Literal["record_shapes"]  # noqa: Y015
+    _WhichOneofArgType__record_shapes: _TypeAlias = _typing.Literal["_record_shapes", b"_record_shapes"]  # noqa: Y015
+    _WhichOneofReturnType__with_stack: _TypeAlias = _typing.Literal["with_stack"]  # noqa: Y015
+    _WhichOneofArgType__with_stack: _TypeAlias = _typing.Literal["_with_stack", b"_with_stack"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__record_shapes) -> _WhichOneofReturnType__record_shapes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__with_stack) -> _WhichOneofReturnType__with_stack | None: ...
 
 Global___StartProfileRequest: _TypeAlias = StartProfileRequest  # noqa: Y015
 
@@ -1129,6 +1146,7 @@ class StopProfileResponse(_message.Message):
 
     TRACE_PATH_FIELD_NUMBER: _builtins.int
     trace_path: _builtins.str
+    """On the worker's host."""
     def __init__(
         self,
         *,

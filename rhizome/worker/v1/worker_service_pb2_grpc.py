@@ -140,16 +140,18 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartProfile(self, request, context):
-        """StartProfile records a trace of the following steps. UNIMPLEMENTED until a
-        later release.
+        """StartProfile records a trace of the following steps on rank 0 while requests
+        go on. Fails with FAILED_PRECONDITION when the worker has no profile
+        directory or records already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopProfile(self, request, context):
-        """StopProfile ends the recording and names its file. UNIMPLEMENTED until a
-        later release.
+        """StopProfile ends the recording, or finds it ended by its number of steps,
+        and names its file. Fails with FAILED_PRECONDITION when there is none, and
+        with INTERNAL when the file could not be written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

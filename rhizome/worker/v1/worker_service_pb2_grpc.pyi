@@ -60,12 +60,14 @@ class WorkerServiceStub:
     FlushCache: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]
     """FlushCache drops every page that no sequence uses."""
     StartProfile: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.StartProfileRequest, _worker_service_pb2.StartProfileResponse]
-    """StartProfile records a trace of the following steps. UNIMPLEMENTED until a
-    later release.
+    """StartProfile records a trace of the following steps on rank 0 while requests
+    go on. Fails with FAILED_PRECONDITION when the worker has no profile
+    directory or records already.
     """
     StopProfile: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.StopProfileRequest, _worker_service_pb2.StopProfileResponse]
-    """StopProfile ends the recording and names its file. UNIMPLEMENTED until a
-    later release.
+    """StopProfile ends the recording, or finds it ended by its number of steps,
+    and names its file. Fails with FAILED_PRECONDITION when there is none, and
+    with INTERNAL when the file could not be written.
     """
     TransferPages: _grpc.StreamStreamMultiCallable[_worker_service_pb2.TransferPagesRequest, _worker_service_pb2.TransferPagesResponse]
     """TransferPages moves keys and values from a prefill worker to this one.
@@ -104,12 +106,14 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     FlushCache: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.FlushCacheRequest, _worker_service_pb2.FlushCacheResponse]  # type: ignore[assignment]
     """FlushCache drops every page that no sequence uses."""
     StartProfile: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.StartProfileRequest, _worker_service_pb2.StartProfileResponse]  # type: ignore[assignment]
-    """StartProfile records a trace of the following steps. UNIMPLEMENTED until a
-    later release.
+    """StartProfile records a trace of the following steps on rank 0 while requests
+    go on. Fails with FAILED_PRECONDITION when the worker has no profile
+    directory or records already.
     """
     StopProfile: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.StopProfileRequest, _worker_service_pb2.StopProfileResponse]  # type: ignore[assignment]
-    """StopProfile ends the recording and names its file. UNIMPLEMENTED until a
-    later release.
+    """StopProfile ends the recording, or finds it ended by its number of steps,
+    and names its file. Fails with FAILED_PRECONDITION when there is none, and
+    with INTERNAL when the file could not be written.
     """
     TransferPages: _aio.StreamStreamMultiCallable[_worker_service_pb2.TransferPagesRequest, _worker_service_pb2.TransferPagesResponse]  # type: ignore[assignment]
     """TransferPages moves keys and values from a prefill worker to this one.
@@ -187,8 +191,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.StartProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.StartProfileResponse, _abc.Awaitable[_worker_service_pb2.StartProfileResponse]]:
-        """StartProfile records a trace of the following steps. UNIMPLEMENTED until a
-        later release.
+        """StartProfile records a trace of the following steps on rank 0 while requests
+        go on. Fails with FAILED_PRECONDITION when the worker has no profile
+        directory or records already.
         """
 
     @_abc_1.abstractmethod
@@ -197,8 +202,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.StopProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.StopProfileResponse, _abc.Awaitable[_worker_service_pb2.StopProfileResponse]]:
-        """StopProfile ends the recording and names its file. UNIMPLEMENTED until a
-        later release.
+        """StopProfile ends the recording, or finds it ended by its number of steps,
+        and names its file. Fails with FAILED_PRECONDITION when there is none, and
+        with INTERNAL when the file could not be written.
         """
 
     @_abc_1.abstractmethod

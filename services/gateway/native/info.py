@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToDict
-from grpc import aio
 
 from rhizome.worker.v1.worker_service_pb2 import (
     FlushCacheRequest,
     GetWorkerInfoRequest,
     GetWorkerInfoResponse,
 )
-from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
-from services.common.errors import UnavailableError
-from services.common.rpc import open_channel
 from services.gateway.exchange import Exchange
+from services.gateway.native.workers import ask_workers
 from services.gateway.serving import Serving
 
 if TYPE_CHECKING:
     from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceAsyncStub
-
-_T = TypeVar("_T")
 
 _TIMEOUT_S = 5.0
 
@@ -31,7 +24,7 @@ _TIMEOUT_S = 5.0
 async def model_info(serving: Serving, exchange: Exchange) -> None:
     """GET /get_model_info and /model_info."""
     model = serving.pipeline.control.table.model("")
-    workers = await _ask_workers(serving, _get_info)
+    workers = await ask_workers(serving, _get_info)
     tokenizer = serving.pipeline.tokenizers.info
     await exchange.reply_json(
         {
@@ -50,7 +43,7 @@ async def model_info(serving: Serving, exchange: Exchange) -> None:
 async def server_info(serving: Serving, exchange: Exchange) -> None:
     """GET /get_server_info and /server_info."""
     model = serving.pipeline.control.table.model("")
-    workers = await _ask_workers(serving, _get_info)
+    workers = await ask_workers(serving, _get_info)
     tokenizer = serving.pipeline.tokenizers.info
     first = workers[0]
     await exchange.reply_json(
@@ -76,7 +69,7 @@ async def server_info(serving: Serving, exchange: Exchange) -> None:
 
 async def flush_cache(serving: Serving, exchange: Exchange) -> None:
     """GET and POST /flush_cache: every worker drops the pages that no sequence uses."""
-    flushed = await _ask_workers(serving, _flush)
+    flushed = await ask_workers(serving, _flush)
     await exchange.reply(
         200,
         f"Cache flushed: {sum(flushed)} pages on {len(flushed)} workers.\n".encode(),
@@ -98,21 +91,3 @@ async def _get_info(stub: WorkerServiceAsyncStub) -> GetWorkerInfoResponse:
 async def _flush(stub: WorkerServiceAsyncStub) -> int:
     response = await stub.FlushCache(FlushCacheRequest(), timeout=_TIMEOUT_S)
     return response.num_freed_pages
-
-
-async def _ask_workers(
-    serving: Serving, call: Callable[[WorkerServiceAsyncStub], Awaitable[_T]]
-) -> list[_T]:
-    """Every worker's answer. Raises UnavailableError unless all answer."""
-    workers = serving.pipeline.control.table.workers()
-    if not workers:
-        raise UnavailableError("no worker is registered")
-
-    async def ask(address: str) -> _T:
-        async with open_channel(address) as channel:
-            return await call(WorkerServiceStub(channel))
-
-    try:
-        return await asyncio.gather(*(ask(worker.address) for worker in workers))
-    except aio.AioRpcError as error:
-        raise UnavailableError(f"a worker did not answer: {error.details()}") from error

@@ -107,5 +107,8 @@ class Runner(Protocol):
     def result(self) -> StepResult:
         """Wait for the oldest sampled step that was not read yet."""
 
+    def check(self) -> None:
+        """Raise when no step could be made any more; asked now and then while idle, so cheap."""
+
     def close(self) -> None:
         """Release the device and the other ranks."""

@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from services.worker.engine.batch import Runner
+from services.worker.engine.batch import Runner, StepPlan
 from services.worker.engine.batching.scheduler import BatchScheduler
 from services.worker.engine.messages import (
     Cancel,
     EngineInput,
     FlushCache,
+    ProfileState,
     Request,
+    StartProfile,
     StepOutput,
     Stop,
+    StopProfile,
 )
 from services.worker.engine.options import EnginePlan
 from services.worker.engine.pace import StepPace
@@ -33,7 +36,11 @@ _UNAVAILABLE = 14
 # The inbox waits in whole milliseconds.
 _SHORTEST_WAIT_S = 0.001
 
-# An engine that is idle for this long looks after itself before it sleeps on.
+_NO_RECORDER = ProfileState(
+    error="profiling is off: start the worker with --profile-dir DIRECTORY", is_refusal=True
+)
+
+# An engine that is idle for this long looks after itself, and its runner, before it sleeps on.
 _UPKEEP_AFTER_S = 1.0
 
 
@@ -47,15 +54,31 @@ class Inbox(Protocol):
 class Outbox(Protocol):
     """Where outputs go. It takes them at once: the engine never waits for a reader."""
 
-    def send(self, message: StepOutput) -> None:
+    def send(self, message: StepOutput | ProfileState) -> None:
         """Send one output."""
+
+
+class StepRecorder(Protocol):
+    """Records a trace of steps when asked to."""
+
+    def start(self, message: StartProfile) -> ProfileState:
+        """Record the steps that follow."""
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """A step is about to be issued."""
+
+    def end_turn(self) -> None:
+        """The loop's turn is over; a recording that has its steps ends here."""
+
+    def stop(self) -> ProfileState:
+        """End the recording, or find it ended, and say where it is."""
 
 
 class EngineLoop:
     """Sequences the scheduler and the runner, and owns neither.
 
     Garbage collection is off while it runs; it collects, and checks the scheduler's invariants,
-    once in each idle time.
+    once in each idle time. While idle it asks the runner now and then whether it still could.
     """
 
     def __init__(
@@ -67,6 +90,7 @@ class EngineLoop:
         outbox: Outbox,
         upkeep_after_s: float = _UPKEEP_AFTER_S,
         clock: Callable[[], int] = time.monotonic_ns,
+        recorder: StepRecorder | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -74,6 +98,7 @@ class EngineLoop:
         self._outbox = outbox
         self._upkeep_after_s = upkeep_after_s
         self._clock = clock
+        self._recorder = recorder
         self._pace = StepPace()
         self._was_upkept = False
         self._is_stopping = False
@@ -99,6 +124,8 @@ class EngineLoop:
         began_ns = self._clock()
         plan = self._scheduler.schedule()
         if plan is not None:
+            if self._recorder is not None:
+                self._recorder.begin_step(plan)
             self._runner.forward(plan)
             self._runner.sample()
             self._pace.issued(len(plan.token_ids), len(plan.slots), began_ns, self._clock())
@@ -109,6 +136,8 @@ class EngineLoop:
             self._pace.ended(asked_ns, self._clock())
             self._scheduler.apply(result)
         self._publish()
+        if self._recorder is not None:
+            self._recorder.end_turn()
 
     def _await_turn(self) -> None:
         """Take messages until the running step is about to end."""
@@ -124,8 +153,9 @@ class EngineLoop:
 
     def _take_messages(self) -> None:
         idle = self._scheduler.num_live == 0 and self._scheduler.num_issued == 0
-        timeout_s = None if self._was_upkept else self._upkeep_after_s
-        messages = self._inbox.receive(block=idle, timeout_s=timeout_s if idle else 0.0)
+        messages = self._inbox.receive(block=idle, timeout_s=self._upkeep_after_s if idle else 0.0)
+        if idle and not messages:
+            self._runner.check()
         if messages:
             self._was_upkept = False
         elif idle and not self._was_upkept:
@@ -144,6 +174,12 @@ class EngineLoop:
                     self._scheduler.cancel(key)
             case FlushCache():
                 self._scheduler.flush_cache()
+            case StartProfile():
+                self._outbox.send(
+                    _NO_RECORDER if self._recorder is None else self._recorder.start(message)
+                )
+            case StopProfile():
+                self._outbox.send(_NO_RECORDER if self._recorder is None else self._recorder.stop())
             case Stop():
                 self._is_stopping = True
 
@@ -163,6 +199,7 @@ def build_loop(
     inbox: Inbox,
     outbox: Outbox,
     clock: Callable[[], int] = time.monotonic_ns,
+    recorder: StepRecorder | None = None,
 ) -> EngineLoop:
     """The loop of an engine that was set up as `plan` says."""
     scheduler = BatchScheduler(
@@ -173,7 +210,15 @@ def build_loop(
         eos_token_ids=plan.eos_token_ids,
         max_running_sequences=plan.max_running_sequences,
         max_step_tokens=plan.max_step_tokens,
+        policy=plan.schedule_policy,
         num_in_flight=runner.num_in_flight,
         clock=clock,
     )
-    return EngineLoop(runner=runner, scheduler=scheduler, inbox=inbox, outbox=outbox, clock=clock)
+    return EngineLoop(
+        runner=runner,
+        scheduler=scheduler,
+        inbox=inbox,
+        outbox=outbox,
+        clock=clock,
+        recorder=recorder,
+    )

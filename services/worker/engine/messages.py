@@ -68,11 +68,24 @@ class FlushCache(msgspec.Struct, frozen=True, tag="flush"):
     """Drop every page that no sequence uses; answered by `StepOutput.flushed_pages`."""
 
 
+class StartProfile(msgspec.Struct, frozen=True, kw_only=True, tag="start_profile"):
+    """Record a trace of the following steps; answered by a ProfileState."""
+
+    # 0 records until StopProfile.
+    num_steps: int = 0
+    with_stack: bool = True
+    record_shapes: bool = False
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
+    """End the recording and write its trace; answered by a ProfileState."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the engine process after failing what is live with a retryable status."""
 
 
-EngineInput = Request | Cancel | FlushCache | Stop
+EngineInput = Request | Cancel | FlushCache | StartProfile | StopProfile | Stop
 
 
 class LogprobRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +208,17 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     work: StepWork | None = None
 
 
+class ProfileState(msgspec.Struct, frozen=True, kw_only=True, tag="profile"):
+    """The answer to one StartProfile or StopProfile, in the order they were sent."""
+
+    # After StopProfile: where the trace is, on the engine's host.
+    trace_path: str = ""
+    # Why it was refused or failed; empty where it was done.
+    error: str = ""
+    # Whether asking differently may succeed, rather than the engine being at fault.
+    is_refusal: bool = False
+
+
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):
     """How far loading is, 0 to 1."""
 
@@ -226,4 +250,4 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     permanent: bool
 
 
-EngineOutput = StepOutput | LoadProgress | EngineReady | EngineFailed
+EngineOutput = StepOutput | ProfileState | LoadProgress | EngineReady | EngineFailed

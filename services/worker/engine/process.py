@@ -20,7 +20,7 @@ import zmq
 from services.common.logs import configure_logging
 from services.common.process import die_with_parent
 from services.worker.engine.batch import Runner
-from services.worker.engine.loop import build_loop
+from services.worker.engine.loop import StepRecorder, build_loop
 from services.worker.engine.messages import (
     EngineFailed,
     EngineInput,
@@ -29,6 +29,7 @@ from services.worker.engine.messages import (
     LoadProgress,
 )
 from services.worker.engine.options import EngineOptions, EnginePlan
+from services.worker.engine.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,16 @@ def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bo
     try:
         runner, plan = _load(options, outbox)
     except Exception as error:
-        logger.exception("event=engine_load_failed")
+        # A wrong wish or a model that does not fit is explained by its message alone.
+        logger.error(
+            "event=engine_load_failed reason=%s", error, exc_info=not isinstance(error, ValueError)
+        )
         outbox.send(EngineFailed(_reason(error), permanent=isinstance(error, _PERMANENT)))
         return False
     try:
-        loop = build_loop(runner, plan, inbox, outbox)
+        loop = build_loop(
+            runner, plan, inbox, outbox, recorder=_recorder(options.profile_dir, plan.device)
+        )
         # What loading made lives as long as the process; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -152,9 +158,24 @@ def _load(options: EngineOptions, outbox: ZmqOutbox) -> tuple[Runner, EnginePlan
     from services.worker.engine.runner.build import build_runner
 
     started = time.monotonic()
-    built = build_runner(options, lambda fraction, what: outbox.send(LoadProgress(fraction, what)))
+    bar = ProgressBar(sys.stderr)
+
+    def report(fraction: float, what: str) -> None:
+        outbox.send(LoadProgress(fraction, what))
+        bar.show(fraction, what)
+
+    built = build_runner(options, report)
     logger.info("event=engine_loaded seconds=%.1f", time.monotonic() - started)
     return built
+
+
+def _recorder(directory: Path | None, device: str) -> StepRecorder | None:
+    if directory is None:
+        return None
+    # Imported late, as the runner is.
+    from services.worker.engine.runner.profiling import TorchRecorder
+
+    return TorchRecorder(directory, has_gpu=device == "cuda")
 
 
 def ready_message(plan: EnginePlan) -> EngineReady:
@@ -175,7 +196,7 @@ def ready_message(plan: EnginePlan) -> EngineReady:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _decode_path(kind: type, value: object) -> object:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from services.common.config import child_environment, parse_config
+from services.common.config import (
+    child_environment,
+    kernel_cache_environment,
+    parse_config,
+    set_default_environment,
+)
 
 # cyclopts parses dataclasses otherwise where pydantic is loaded, as it is beside the openai client.
 importlib.import_module("pydantic")
@@ -96,3 +102,26 @@ def test_a_child_inherits_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     environment = child_environment({"ADDED": "2"})
     assert environment["KEPT"] == "1"
     assert environment["ADDED"] == "2"
+
+
+def test_defaults_of_the_environment_leave_alone_what_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RHIZOME_TEST_SET", "operator")
+    monkeypatch.setenv("RHIZOME_TEST_OPEN", "")
+    monkeypatch.delenv("RHIZOME_TEST_OPEN")
+    set_default_environment({"RHIZOME_TEST_SET": "default", "RHIZOME_TEST_OPEN": "default"})
+    environment = child_environment({})
+    assert environment["RHIZOME_TEST_SET"] == "operator"
+    assert environment["RHIZOME_TEST_OPEN"] == "default"
+
+
+def test_compiled_kernels_go_where_the_operator_says(tmp_path: Path) -> None:
+    assert kernel_cache_environment(None) == {}
+    places = kernel_cache_environment(tmp_path)
+    assert set(places) == {
+        "TRITON_CACHE_DIR",
+        "FLASHINFER_WORKSPACE_BASE",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
+    assert all(Path(place).is_relative_to(tmp_path) for place in places.values())

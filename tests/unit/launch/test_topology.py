@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from services.cache_index.config import CacheIndexConfig
 from services.common.config import parse_config
 from services.gateway.config import GatewayConfig
@@ -58,17 +60,68 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
             dtype="bfloat16",
             device="cpu",
             load_format="dummy",
+            quantization="fp8",
+            kv_cache_dtype="fp8_e5m2",
             attention_backend="torch",
+            disable_flashinfer=True,
+            attention_reduce_in_fp32=True,
             disable_cuda_graph=True,
+            enable_torch_compile=True,
+            schedule_policy="fcfs",
+            kernel_cache_dir=Path("/kernels"),
+            mem_fraction_static=0.7,
         )
     )["worker-0"]
+    assert (worker.schedule_policy, worker.enable_torch_compile) == ("fcfs", True)
+    assert (worker.kernel_cache_dir, worker.mem_fraction_static) == (Path("/kernels"), 0.7)
     assert (worker.served_model_name, worker.tp_size, worker.page_size) == ("small", 2, 32)
     assert (worker.context_length, worker.max_total_tokens) == (512, 4096)
     assert (worker.chunked_prefill_size, worker.max_running_requests) == (64, 5)
     assert (worker.dtype, worker.device, worker.load_format) == ("bfloat16", "cpu", "dummy")
+    assert (worker.quantization, worker.kv_cache_dtype) == ("fp8", "fp8_e5m2")
     assert (worker.attention_backend, worker.disable_cuda_graph) == ("torch", True)
+    assert (worker.disable_flashinfer, worker.attention_reduce_in_fp32) == (True, True)
 
 
 def test_the_grpc_port_follows_the_http_port() -> None:
     assert parsed(ServeConfig(port=8000))["gateway"].grpc_listen == "127.0.0.1:8001"
     assert parsed(ServeConfig(port=8000, grpc_port=9))["gateway"].grpc_listen == "127.0.0.1:9"
+
+
+def test_every_replica_has_gpus_of_its_own() -> None:
+    services = parsed(ServeConfig(tp=2, dp=2, base_gpu_id=1))
+    assert [services[f"worker-{index}"].base_gpu_id for index in range(2)] == [1, 3]
+
+
+def test_a_node_above_0_runs_its_ranks_and_nothing_else() -> None:
+    asked: dict[str, Any] = {"tp": 4, "nnodes": 2, "nccl_init_addr": "node-0:5000"}
+    first = parsed(ServeConfig(node_rank=0, **asked))
+    assert len(first) == 5
+    (node,) = parsed(ServeConfig(node_rank=1, disable_custom_all_reduce=True, **asked)).values()
+    assert first["worker-0"].nccl_init_addr == node.nccl_init_addr == "node-0:5000"
+    assert (first["worker-0"].node_rank, node.node_rank) == (0, 1)
+    assert (first["worker-0"].nnodes, node.nnodes, node.tp_size) == (2, 2, 4)
+    assert (first["worker-0"].disable_custom_all_reduce, node.disable_custom_all_reduce) == (
+        False,
+        True,
+    )
+
+
+def test_a_check_between_gpus_reaches_the_worker() -> None:
+    assert parsed(ServeConfig(tp=2, enable_p2p_check=True))["worker-0"].enable_p2p_check
+    assert not parsed(ServeConfig(tp=2))["worker-0"].enable_p2p_check
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"tp": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
+        ({"dp": 2, "tp": 2, "nnodes": 2, "nccl_init_addr": "h:1"}, "dp must be 1 with nnodes > 1"),
+        ({"dp": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
+        ({"device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
+        ({"base_gpu_id": -1}, "base-gpu-id must be >= 0"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused(asked: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ServeConfig(**asked)

@@ -16,7 +16,13 @@ PAGE, HEADS, KV_HEADS, DIM, PAGES = 4, 6, 2, 8, 256
 class Harness:
     """Sequences of random queries, keys and values over shuffled pages."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        reduce_in_fp32: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.pool = PagePool(
             num_layers=2,
@@ -24,15 +30,17 @@ class Harness:
             page_size=PAGE,
             num_kv_heads=KV_HEADS,
             head_dim=DIM,
-            dtype=torch.float32,
+            dtype=dtype,
             device=torch.device("cpu"),
         )
         # What was never written must not count, whatever it is.
         self.pool.tensor.fill_(1e4)
-        self.backend = TorchAttention(self.pool)
-        self.q = [torch.randn(n, HEADS, DIM, generator=generator) for n in lengths]
-        self.k = [torch.randn(n, KV_HEADS, DIM, generator=generator) for n in lengths]
-        self.v = [torch.randn(n, KV_HEADS, DIM, generator=generator) for n in lengths]
+        self.backend = TorchAttention(self.pool, reduce_in_fp32=reduce_in_fp32)
+
+        def random(heads: int) -> list[torch.Tensor]:
+            return [torch.randn(n, heads, DIM, generator=generator).to(dtype) for n in lengths]
+
+        self.q, self.k, self.v = random(HEADS), random(KV_HEADS), random(KV_HEADS)
         width = -(-max(lengths) // PAGE)
         pages = torch.randperm(PAGES, generator=generator)[: len(lengths) * width]
         self.page_table = pages.view(len(lengths), width).to(torch.int32)
@@ -70,10 +78,11 @@ class Harness:
             heads = []
             for head in range(HEADS):
                 kv_head = head * KV_HEADS // HEADS
-                scores = self.k[slot][seen, kv_head] @ self.q[slot][position, head] * layer.scale
+                keys, values = (each[slot][seen, kv_head].float() for each in (self.k, self.v))
+                scores = keys @ self.q[slot][position, head].float() * layer.scale
                 if layer.soft_cap is not None:
                     scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
-                heads.append(scores.softmax(0) @ self.v[slot][seen, kv_head])
+                heads.append(scores.softmax(0) @ values)
             rows.append(torch.stack(heads))
         return torch.stack(rows)
 
@@ -98,6 +107,21 @@ def test_prefill_chunks_and_decode_in_one_step_attend_causally(layer: AttentionL
     work = [(0, 22, 23), (1, 7, 150), (2, 0, 9), (3, 39, 40), (4, 16, 17)]
     for row, out in zip(work, harness.run(work, layer), strict=True):
         torch.testing.assert_close(out, harness.expected(*row, layer), atol=1e-5, rtol=1e-4)
+
+
+def test_probabilities_in_float32_leave_the_outputs_rounding_only() -> None:
+    excess = {}
+    for in_fp32 in (False, True):
+        harness = Harness([150, 40], dtype=torch.bfloat16, reduce_in_fp32=in_fp32)
+        rows = [(0, 0, 150), (1, 0, 40)]
+        error = torch.zeros(())
+        for row, out in zip(rows, harness.run(rows, LAYERS[1]), strict=True):
+            expected = harness.expected(*row, LAYERS[1])
+            rounding = expected.abs() * 2**-8
+            error = torch.maximum(error, ((out.float() - expected).abs() - rounding).max())
+        excess[in_fp32] = error.item()
+    assert excess[True] < 1e-5
+    assert excess[False] > 1e-4
 
 
 def test_rows_of_one_step_may_share_pages() -> None:

@@ -99,10 +99,27 @@ def test_flashinfer_is_taken_where_it_can_run_the_model(config: ModelConfig) -> 
     fitting = dataclasses.replace(config, head_dim=128)
     assert backend_of(fitting, dtype="bfloat16") == "flashinfer"
     assert backend_of(fitting, dtype="bfloat16", attention_backend="torch") == "torch"
-    assert backend_of(fitting, dtype="float32") == "torch"
-    assert backend_of(fitting, dtype="bfloat16", has=False) == "torch"
     assert backend_of(fitting, "cpu", dtype="bfloat16") == "torch"
-    assert backend_of(config, dtype="bfloat16") == "torch"
+
+
+def test_triton_is_taken_where_flashinfer_cannot_be(config: ModelConfig) -> None:
+    fitting = dataclasses.replace(config, head_dim=128)
+    assert backend_of(fitting, dtype="float32") == "triton"
+    assert backend_of(fitting, dtype="bfloat16", has=False) == "triton"
+    assert backend_of(fitting, dtype="bfloat16", disable_flashinfer=True) == "triton"
+    assert backend_of(fitting, dtype="bfloat16", attention_reduce_in_fp32=True) == "triton"
+    assert backend_of(fitting, dtype="bfloat16", attention_backend="triton") == "triton"
+    assert backend_of(config, dtype="bfloat16") == "triton"
+    huge = dataclasses.replace(config, head_dim=512)
+    assert backend_of(huge, dtype="bfloat16") == "torch"
+
+
+def test_a_wish_for_triton_that_cannot_be_met_says_why(config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="triton cannot be used: the device is cpu"):
+        backend_of(config, "cpu", attention_backend="triton")
+    huge = dataclasses.replace(config, head_dim=512)
+    with pytest.raises(ValueError, match="head size 512 is above 256"):
+        backend_of(huge, attention_backend="triton")
 
 
 def test_a_wish_for_flashinfer_that_cannot_be_met_says_why(config: ModelConfig) -> None:
@@ -116,6 +133,10 @@ def test_a_wish_for_flashinfer_that_cannot_be_met_says_why(config: ModelConfig) 
         backend_of(config, **wish)
     with pytest.raises(ValueError, match="dtype"):
         backend_of(fitting, **{**wish, "dtype": "float32"})
+    with pytest.raises(ValueError, match="disable_flashinfer is set"):
+        backend_of(fitting, **wish, disable_flashinfer=True)
+    with pytest.raises(ValueError, match="attention_reduce_in_fp32 is set"):
+        backend_of(fitting, **wish, attention_reduce_in_fp32=True)
 
 
 def test_decode_graphs_cover_the_running_sequences() -> None:
@@ -125,11 +146,9 @@ def test_decode_graphs_cover_the_running_sequences() -> None:
     assert decode_graph_sizes(1000)[-3:] == (480, 496, 512)
 
 
-def test_graphs_need_flashinfer_in_every_layer(config: ModelConfig) -> None:
-    assert decide_graph_sizes(options(), config, "flashinfer")[:4] == (1, 2, 4, 8)
-    assert decide_graph_sizes(options(), config, "torch") == ()
-    assert decide_graph_sizes(options(disable_cuda_graph=True), config, "flashinfer") == ()
-    windows = (None,) * (config.num_layers - 1) + (16,)
-    windowed = dataclasses.replace(config, sliding_windows=windows)
-    assert decide_graph_sizes(options(), windowed, "flashinfer") == ()
+def test_graphs_need_a_backend_that_can_be_captured(config: ModelConfig) -> None:
+    for backend in ("flashinfer", "triton"):
+        assert decide_graph_sizes(options(), backend, 256)[:4] == (1, 2, 4, 8)
+        assert decide_graph_sizes(options(disable_cuda_graph=True), backend, 256) == ()
+    assert decide_graph_sizes(options(), "torch", 256) == ()
     assert plan_of(config, 10**9).graph_sizes == ()

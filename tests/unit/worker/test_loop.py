@@ -3,7 +3,14 @@ import gc
 import pytest
 
 from services.worker.engine.loop import EngineLoop, build_loop
-from services.worker.engine.messages import FlushCache, StepOutput, Stop
+from services.worker.engine.messages import (
+    FlushCache,
+    ProfileState,
+    StartProfile,
+    StepOutput,
+    Stop,
+    StopProfile,
+)
 from services.worker.engine.options import EnginePlan
 from tests.fakes.engine_driver import EngineDriver, ListInbox, ListOutbox, make_request
 from tests.fakes.fake_runner import FakeRunner
@@ -73,16 +80,29 @@ def test_the_loop_waits_only_while_it_is_idle():
     assert [block for block, _ in inbox.calls] == [True, False, True]
 
 
-def test_idle_upkeep_happens_once_and_then_the_loop_sleeps():
+def test_idle_upkeep_happens_once_in_each_idle_time():
     engine = EngineDriver()
     request = make_request(1, PROMPT, max_new_tokens=1)
     loop, inbox = scripted_loop(engine, [], [], [request], [], [])
+    upkept = []
     for _ in range(5):
         loop.step()
-    is_patient = [timeout_s is None for _, timeout_s in inbox.calls]
+        upkept.append(loop._was_upkept)
     # Upkeep after the first call, work after the third: the fourth is due for upkeep again.
-    assert is_patient == [False, True, True, False, True]
-    assert all(block for block, _ in inbox.calls)
+    assert upkept == [True, True, False, True, True]
+    assert all(block and timeout_s is not None for block, timeout_s in inbox.calls)
+
+
+def test_an_idle_loop_asks_its_runner_whether_it_still_works():
+    engine = EngineDriver()
+    request = make_request(1, PROMPT, max_new_tokens=1)
+    loop, _ = scripted_loop(engine, [], [], [request], [], [], [])
+    for _ in range(5):
+        loop.step()
+    assert engine.runner.num_checks == 4
+    engine.runner.failure = RuntimeError("a rank is gone")
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        loop.run()
 
 
 def test_upkeep_finds_a_leak():
@@ -170,6 +190,7 @@ def test_a_loop_is_built_from_the_engines_plan():
         device="cpu",
         dtype="float32",
         attention_backend="torch",
+        kv_cache_dtype="float32",
         page_size=4,
         num_pages=16,
         context_length=40,
@@ -192,3 +213,61 @@ def test_a_loop_is_built_from_the_engines_plan():
     inbox = ScriptedInbox([make_request(1, PROMPT, max_new_tokens=4, ignore_eos=True)], *[[]] * 9)
     build_loop(runner, plan, inbox, outbox).run()
     assert [finish.reason for output in outbox.outputs for finish in output.finishes] == ["length"]
+
+
+class CountingRecorder:
+    """Counts the steps and turns it is told of while it records."""
+
+    def __init__(self) -> None:
+        self.is_recording = False
+        self.steps: list[int] = []
+        self.num_turns = 0
+
+    def start(self, message):
+        self.is_recording = True
+        return ProfileState()
+
+    def begin_step(self, plan) -> None:
+        if self.is_recording:
+            self.steps.append(plan.step_number)
+
+    def end_turn(self) -> None:
+        self.num_turns += self.is_recording
+
+    def stop(self):
+        self.is_recording = False
+        return ProfileState(trace_path="here")
+
+
+def test_without_a_recorder_profiles_are_refused_and_requests_go_on():
+    engine = EngineDriver()
+    loop, _ = scripted_loop(
+        engine, [StartProfile()], [make_request(1, PROMPT, max_new_tokens=2)], [StopProfile()]
+    )
+    loop.run()
+    states = [output for output in engine.outbox.outputs if isinstance(output, ProfileState)]
+    assert [state.is_refusal for state in states] == [True, True]
+    assert all("--profile-dir" in state.error for state in states)
+    assert any(
+        output.token_ids for output in engine.outbox.outputs if isinstance(output, StepOutput)
+    )
+
+
+def test_a_recorder_sees_the_steps_between_start_and_stop():
+    engine = EngineDriver()
+    recorder = CountingRecorder()
+    inbox = ScriptedInbox(
+        [make_request(1, PROMPT, max_new_tokens=8)], [StartProfile()], [], [StopProfile()]
+    )
+    loop = EngineLoop(
+        runner=engine.runner,
+        scheduler=engine.scheduler,
+        inbox=inbox,
+        outbox=engine.outbox,
+        recorder=recorder,
+    )
+    loop.run()
+    assert recorder.steps == [2, 3]
+    assert recorder.num_turns == 2
+    answers = [output for output in engine.outbox.outputs if isinstance(output, ProfileState)]
+    assert [answer.trace_path for answer in answers] == ["", "here"]

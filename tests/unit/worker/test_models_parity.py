@@ -46,6 +46,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {}),
+    "seed-oss": ("SeedOss", {}),
+    "seed-oss-output-biases": ("SeedOss", {"attention_out_bias": True, "mlp_bias": True}),
     "qwen3-tied-window": (
         "Qwen3",
         {

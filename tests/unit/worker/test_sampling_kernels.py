@@ -54,7 +54,7 @@ from tests.fakes.sampling_mixes import (
 
 torch.set_num_threads(1)
 # So small that gathered candidates do not always fit.
-sampling_choose._CANDIDATES = 512
+sampling_choose._CANDIDATES, sampling_choose._FEW = 512, 64
 for vocab_size, rows, rounds in ((64, 24, 2), (3001, 24, 3), (8192, 8, 1)):
     random = np.random.default_rng(vocab_size)
     pair = SamplerPair(vocab_size, rows, CPU)

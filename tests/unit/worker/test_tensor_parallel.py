@@ -4,20 +4,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from services.worker.engine.batch import PromptLogprobRequest, Runner, SlotAssignment, StepPlan
 from services.worker.engine.distributed import group
-from services.worker.engine.distributed.channel import Kind, RankLostError
+from services.worker.engine.distributed.channel import RankLostError
 from services.worker.engine.distributed.plan_codec import decode_plan, encode_plan
+from services.worker.engine.distributed.rendezvous import create_store, join_store
+from services.worker.engine.layers.embedding import VocabularyShard, compute_largest
+from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.messages import LogprobSpec, SamplingParams
+from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions
+from services.worker.engine.runner.profile import run_largest_steps
 from services.worker.engine.runner.ranks import RankProcesses
+from services.worker.engine.runner.setup import decide_plan, load_model, make_runner
+from services.worker.engine.runner.watch import RankWatch
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.fakes.engines import PAGE_SIZE, open_driver, open_runner
 from tests.fakes.step_driver import GREEDY, StepDriver
@@ -118,9 +127,13 @@ def test_a_hanging_rank_is_an_error_after_a_collectives_timeout(
 
 def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
     ranks = RankProcesses(2)
-    ranks.start(EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu"), 1)
+    store, address = create_store(2)
+    options = EngineOptions(model_path=tmp_path, tokenizer_path=tmp_path, device="cpu", tp_size=2)
+    ranks.start(options, store, address)
+    watch = RankWatch(ranks.channels, ends_process=False)
     with pytest.raises(RankLostError, match="rank 1 failed: no config.json in"):
-        ranks.expect(Kind.LOADED)
+        watch.wait_until_loaded()
+    watch.close()
     ranks.close()
 
 
@@ -169,3 +182,67 @@ def test_a_plan_survives_packing() -> None:
     for name in StepPlan.__slots__:
         before, after = getattr(plan, name), getattr(unpacked, name)
         assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after
+
+
+def test_every_rank_can_measure_the_largest_steps(model_path: Path) -> None:
+    options = EngineOptions(
+        model_path=model_path,
+        tokenizer_path=model_path,
+        device="cpu",
+        tp_size=2,
+        max_running_sequences=4,
+        chunked_prefill_size=32,
+    )
+    config = load_model_config(model_path)
+    device = torch.device("cpu")
+    store, address = create_store(2)
+
+    def on_rank(rank: int) -> int:
+        own = join_store(address, 2)
+        tp_group = group.GlooGroup(own, rank, 2, address.host)
+        model = load_model(
+            options, config, device=device, group=tp_group, on_progress=lambda _: None
+        )
+        plan = decide_plan(
+            options, config, device=device, eos_token_ids=(), pool_budget_bytes=2**20
+        )
+        runner = make_runner(model, plan, tp_group)
+        run_largest_steps(runner, plan)
+        runner.close()
+        tp_group.close()
+        return plan.max_step_tokens
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(on_rank, range(2))) == [32, 32]
+    del store
+
+
+def test_the_largest_of_all_shards_is_the_argmax_of_the_whole() -> None:
+    vocab_size, hidden_size, num_ranks = 11, 8, 4
+    generator = torch.Generator().manual_seed(0)
+    # Small integers, so that sums are exact and equal logits are common.
+    weight = torch.randint(-2, 3, (vocab_size, hidden_size), generator=generator).float()
+    hidden = torch.randint(-2, 3, (64, hidden_size), generator=generator).float()
+    # Rows whose logits are all the same, and rows whose logits are all negative.
+    hidden[:8] = 0
+    weight[:, 0] = 1
+    hidden[8:16, 0] = -100
+    store, address = create_store(num_ranks)
+
+    def on_rank(rank: int) -> torch.Tensor:
+        own = join_store(address, num_ranks)
+        tp_group = group.GlooGroup(own, rank, num_ranks, address.host)
+        placement = Placement(torch.device("cpu"), torch.float32, tp_group)
+        shard = VocabularyShard("head", vocab_size, hidden_size, placement, is_head=True)
+        shard.load("head", weight)
+        found = compute_largest(shard, hidden)
+        tp_group.close()
+        return found
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        results = list(pool.map(on_rank, range(num_ranks)))
+    logits = hidden @ weight.T
+    # The first of equal ones.
+    expected = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert [found.tolist() for found in results] == [expected] * num_ranks
+    del store

@@ -115,7 +115,7 @@ def test_an_unknown_load_format_is_refused(model_path: Path) -> None:
         ({"architectures": None}, r"\(none named\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"vocab_size": None}, "vocab_size must be an integer"),
-        ({"quantization_config": {"bits": 4}}, "quantized checkpoints"),
+        ({"quantization_config": {"bits": 4}}, "quant_method None is not supported"),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope scaling 'su'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "a number for factor, got None"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
@@ -136,10 +136,11 @@ def test_a_configuration_that_is_not_supported_says_why(
     ("changes", "reason"),
     [
         ({"context_length": 257}, "context_length 257 exceeds the model's longest, 256"),
-        ({"attention_backend": "nope"}, "attention_backend 'nope' is unknown; known: torch"),
+        ({"attention_backend": "nope"}, "attention_backend 'nope' is unknown; known: flashinfer"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"device": "tpu"}, "device must be"),
         ({"tp_size": 0}, "tp_size must be >= 1"),
+        ({"enable_torch_compile": True}, "enable_torch_compile needs a GPU"),
         ({"tp_size": 3}, "tp_size 3 does not divide the model's 4 attention heads"),
     ],
 )

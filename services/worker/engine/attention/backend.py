@@ -73,6 +73,14 @@ class AttentionBackend(Protocol):
 class CapturableAttention(AttentionBackend, Protocol):
     """A backend whose decode steps can be captured in CUDA graphs."""
 
+    def wants_eager(
+        self, slots: Int32Array, start_positions: Int32Array, host_page_table: Int32Array
+    ) -> bool:
+        """Whether a step of these rows, [S] with one token each, is better not captured.
+
+        Then `plan` prepares a faster way for it than `plan_captured`.
+        """
+
     def plan_captured(self, inputs: AttentionInputs) -> None:
         """Prepare for a step of rows with one token each.
 

@@ -1,8 +1,11 @@
 """Attention by FlashInfer's paged kernels (Ye et al., arXiv 2501.01005), for CUDA devices.
 
 Rows with one token go through the decode wrapper (with tensor cores), rows with several through
-the prefill wrapper (FA3 on Hopper, FA2 elsewhere), so a mixed step is two calls a layer. Layers
-with a sliding window, a soft cap or an unusual scale are computed by the torch backend.
+the prefill wrapper (FA3 on Hopper, FA2 elsewhere and for FP8 keys and values, which FA3 takes
+with FP8 queries only), so a mixed step is two calls a layer. Decode rows that share long prefixes
+take two passes and a merge, which no graph captures. Layers with a sliding window, a soft cap or
+an unusual scale (`can_run` is the rule) are computed by the Triton backend, in graphs too; so are
+all layers of captured steps of few rows, where it is faster.
 
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
@@ -22,7 +25,10 @@ import torch
 from flashinfer.decode import fast_decode_plan
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
-from services.worker.engine.attention.torch_backend import TorchAttention
+from services.worker.engine.attention.flashinfer_decode import CascadeCalls, DecodeCalls
+from services.worker.engine.attention.page_lists import PageLists, indptr_of, page_lists
+from services.worker.engine.attention.sharing import PrefixFinder
+from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.upload import upload_into
 from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.fused import write_kv
@@ -31,26 +37,17 @@ from services.worker.engine.kv.pool import PagePool
 _STEPS_IN_FLIGHT = 2
 _FLOAT_WORKSPACE_BYTES = 256 * 1024**2
 _INT_WORKSPACE_BYTES = 8 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class _PageLists:
-    """The visible pages of some rows, in FlashInfer's terms; on the host."""
-
-    # [S + 1] first entry of each row in `indices`.
-    indptr: torch.Tensor
-    # Page ids, row after row.
-    indices: Int32Array
-    # [S] tokens on each row's last page.
-    last_page_len: torch.Tensor
+# Up to so many rows the Triton backend's one launch takes less time than FlashInfer's two.
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A range of the step's tokens that one planned wrapper computes."""
+    """A range of the step's tokens that one planned call computes."""
 
     tokens: slice
-    wrapper: Any
+    # A wrapper or a PlannedCascade.
+    call: Any
 
 
 class FlashInferAttention:
@@ -60,22 +57,40 @@ class FlashInferAttention:
     """
 
     def __init__(
-        self, pool: PagePool, *, num_heads: int, max_captured_rows: int, max_pages: int
+        self,
+        pool: PagePool,
+        *,
+        num_heads: int,
+        max_captured_rows: int,
+        max_pages: int,
+        others: TritonAttention,
+        has_other_layers: bool,
+        few_rows: int = _FEW_ROWS,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` is the queries'; None: the pool's.
+
+        `others`, over the same pool, computes the layers that FlashInfer does not take; of captured
+        steps of at most `few_rows` rows, it computes every layer.
+        """
         self._pool = pool
-        self._fallback = TorchAttention(pool)
+        self._dtype = dtype or pool.tensor.dtype
+        self._others = others
+        self._has_other_layers = has_other_layers
+        self._few_rows = few_rows
+        self._others_take_all = False
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
-        device, self._dtype = pool.tensor.device, pool.tensor.dtype
+        device = pool.tensor.device
         self._float_workspace = torch.zeros(
             _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
         )
-        self._decode = [
-            flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._float_workspace, "NHD", use_tensor_cores=True
-            )
-            for _ in range(_STEPS_IN_FLIGHT)
-        ]
+        self._decode = DecodeCalls(self._float_workspace, self._shape_arguments())
+        self._cascade = CascadeCalls(self._float_workspace, self._decode, self._shape_arguments())
+        self._prefixes = PrefixFinder(
+            page_size=pool.page_size,
+            token_bytes=2 * self._num_kv_heads * self._head_dim * pool.tensor.dtype.itemsize,
+        )
         self._prefill = [
             flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD")
             for _ in range(_STEPS_IN_FLIGHT)
@@ -89,25 +104,19 @@ class FlashInferAttention:
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
+        if self._has_other_layers:
+            self._others.plan(inputs)
         several = np.flatnonzero(inputs.num_tokens > 1)
         # Batches put decode rows first; a row with one token among the others is computed as a
         # prefill of one token.
         num_single = int(several[0]) if several.size else len(inputs.slots)
         if num_single:
-            wrapper = self._decode[self._turn]
-            pages = self._page_lists(inputs, slice(0, num_single))
-            wrapper.plan(
-                pages.indptr,
-                self._on_device(pages.indices),
-                pages.last_page_len,
-                **self._shape_arguments(),
-            )
-            self._parts.append(_Part(slice(0, num_single), wrapper))
+            self._parts.append(_Part(slice(0, num_single), self._plan_decode(inputs, num_single)))
         if num_single < len(inputs.slots):
             rows = slice(num_single, len(inputs.slots))
             wrapper = self._prefill[self._turn]
-            pages = self._page_lists(inputs, rows)
-            first_tokens = _indptr(inputs.num_tokens[rows])
+            pages = page_lists(inputs, rows, self._pool.page_size)
+            first_tokens = indptr_of(inputs.num_tokens[rows])
             wrapper.plan(
                 first_tokens,
                 pages.indptr,
@@ -119,14 +128,24 @@ class FlashInferAttention:
                 self._pool.page_size,
                 causal=True,
                 q_data_type=self._dtype,
-                kv_data_type=self._dtype,
+                kv_data_type=self._pool.tensor.dtype,
             )
             tokens = slice(num_single, num_single + int(first_tokens[-1]))
             self._parts.append(_Part(tokens, wrapper))
 
+    def wants_eager(
+        self, slots: Int32Array, start_positions: Int32Array, host_page_table: Int32Array
+    ) -> bool:
+        return self._prefixes.find(slots, start_positions, host_page_table) is not None
+
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._start(inputs)
-        pages = self._page_lists(inputs, slice(0, len(inputs.slots)))
+        self._others_take_all = len(inputs.slots) <= self._few_rows
+        if self._others_take_all or self._has_other_layers:
+            self._others.plan_captured(inputs)
+        if self._others_take_all:
+            return
+        pages = page_lists(inputs, slice(0, len(inputs.slots)), self._pool.page_size)
         wrapper = self._captured.plan(pages, self._turn, **self._shape_arguments())
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
 
@@ -138,8 +157,8 @@ class FlashInferAttention:
         layer: AttentionLayer,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not can_run(layer, self._head_dim):
-            return self._fallback.run(q, k, v, layer, out)
+        if self._others_take_all or not can_run(layer, self._head_dim):
+            return self._others.run(q, k, v, layer, out)
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
         locations = self._inputs.locations
@@ -148,28 +167,25 @@ class FlashInferAttention:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for part in self._parts:
-            part.wrapper.run(q[part.tokens], (keys, values), out=out[part.tokens])
+            part.call.run(q[part.tokens], (keys, values), out=out[part.tokens])
         if len(q) > num_tokens:
             out[num_tokens:] = 0
         return out
 
     def _start(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
-        self._fallback.plan(inputs)
+        self._others_take_all = False
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
 
-    def _page_lists(self, inputs: AttentionInputs, rows: slice) -> _PageLists:
-        page_size = self._pool.page_size
-        ends = inputs.start_positions[rows] + inputs.num_tokens[rows]
-        num_pages = (ends + (page_size - 1)) // page_size
-        width = int(num_pages.max())
-        pages = inputs.host_page_table[inputs.slots[rows], :width]
-        return _PageLists(
-            _indptr(num_pages),
-            pages[np.arange(width) < num_pages[:, None]],
-            torch.from_numpy(ends - (num_pages - 1) * page_size),
+    def _plan_decode(self, inputs: AttentionInputs, num_rows: int) -> Any:
+        rows = slice(0, num_rows)
+        groups = self._prefixes.find(
+            inputs.slots[rows], inputs.start_positions[rows], inputs.host_page_table
         )
+        if groups is not None:
+            return self._cascade.plan(inputs, num_rows, groups)
+        return self._decode.plan(page_lists(inputs, rows, self._pool.page_size))
 
     def _on_device(self, indices: Int32Array) -> torch.Tensor:
         pinned = torch.from_numpy(indices).pin_memory()
@@ -182,7 +198,7 @@ class FlashInferAttention:
             "head_dim": self._head_dim,
             "page_size": self._pool.page_size,
             "q_data_type": self._dtype,
-            "kv_data_type": self._dtype,
+            "kv_data_type": self._pool.tensor.dtype,
         }
 
 
@@ -208,7 +224,7 @@ class _CapturedDecode:
         ]
         self._wrappers: dict[int, Any] = {}
 
-    def plan(self, pages: _PageLists, turn: int, **shape: Any) -> Any:
+    def plan(self, pages: PageLists, turn: int, **shape: Any) -> Any:
         """The wrapper for as many rows, ready to run."""
         num_rows = len(pages.last_page_len)
         last_start, indices_start = self._max_rows + 1, 2 * self._max_rows + 1
@@ -248,16 +264,9 @@ class _CapturedDecode:
 
 
 def can_run(layer: AttentionLayer, head_dim: int) -> bool:
-    """Whether FlashInfer computes this layer here; the torch backend does the others."""
+    """Whether FlashInfer computes this layer here; the Triton backend does the others."""
     return (
         layer.sliding_window is None
         and layer.soft_cap is None
         and math.isclose(layer.scale, head_dim**-0.5)
     )
-
-
-def _indptr(lengths: Int32Array) -> torch.Tensor:
-    """[S] -> [S + 1] int32: where each row starts, and the end of the last."""
-    starts = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    return torch.from_numpy(starts)

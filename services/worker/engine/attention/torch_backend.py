@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kv.pool import PagePool
+from services.worker.engine.kv.pool import PagePool, gather_pages, write_tokens
 
 # Query positions of one call: bounds scores and masks of a long prefill.
 _QUERY_BLOCK = 128
@@ -43,10 +43,18 @@ class _Group:
 
 
 class TorchAttention:
-    """Writes keys and values to the pool, gathers them by page table and attends densely."""
+    """Writes keys and values to the pool, gathers them by page table and attends densely.
 
-    def __init__(self, pool: PagePool) -> None:
+    With `reduce_in_fp32`, scores and probabilities of 16-bit types are float32 numbers throughout.
+    """
+
+    def __init__(
+        self, pool: PagePool, dtype: torch.dtype | None = None, *, reduce_in_fp32: bool = False
+    ) -> None:
+        """`dtype` is the queries', in which products are taken; None: the pool's."""
         self._pool = pool
+        self._dtype = dtype or pool.tensor.dtype
+        self._reduce_in_fp32 = reduce_in_fp32
         self._inputs: AttentionInputs | None = None
         # The step's groups by sliding window, made when the first such layer runs.
         self._groups: dict[int | None, list[_Group]] = {}
@@ -67,8 +75,8 @@ class TorchAttention:
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
         locations = self._inputs.locations
         num_tokens = len(locations)
-        keys.flatten(0, 1).index_copy_(0, locations, k[:num_tokens])
-        values.flatten(0, 1).index_copy_(0, locations, v[:num_tokens])
+        write_tokens(keys, locations, k[:num_tokens])
+        write_tokens(values, locations, v[:num_tokens])
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._plan_groups(self._inputs, layer.sliding_window)
@@ -76,7 +84,9 @@ class TorchAttention:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in groups:
-            out[group.tokens] = _attend(q[group.tokens], keys, values, group, layer)
+            out[group.tokens] = _attend(
+                q[group.tokens], keys, values, group, layer, in_fp32=self._reduce_in_fp32
+            )
         out[num_tokens:] = 0
         return out
 
@@ -167,7 +177,7 @@ class TorchAttention:
         device = self._pool.tensor.device
         table_rows = torch.from_numpy(slots.astype(np.int64)).to(device)[:, None]
         pages = inputs.page_table[table_rows, torch.from_numpy(page_index).to(device)]
-        mask = torch.zeros(visible.shape, dtype=self._pool.tensor.dtype, device=device)
+        mask = torch.zeros(visible.shape, dtype=self._dtype, device=device)
         mask.masked_fill_(torch.from_numpy(~visible).to(device), float("-inf"))
         if isinstance(tokens, torch.Tensor):
             tokens = tokens.to(device)
@@ -180,6 +190,8 @@ def _attend(
     values: torch.Tensor,
     group: _Group,
     layer: AttentionLayer,
+    *,
+    in_fp32: bool,
 ) -> torch.Tensor:
     """q [S * Q, H, D] -> the same shape."""
     num_kv_heads, head_dim = keys.shape[2:]
@@ -189,18 +201,20 @@ def _attend(
     queries = q.reshape(rows, -1, num_kv_heads, per_head, head_dim).permute(0, 2, 3, 1, 4)
     num_queries = queries.shape[3]
     queries = queries.reshape(rows, num_kv_heads, per_head * num_queries, head_dim)
-    k = keys.index_select(0, group.pages).view(rows, -1, num_kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, group.pages).view(rows, -1, num_kv_heads, head_dim).transpose(1, 2)
+    shape = (rows, -1, num_kv_heads, head_dim)
+    k = gather_pages(keys, group.pages, q.dtype).view(shape).transpose(1, 2)
+    v = gather_pages(values, group.pages, q.dtype).view(shape).transpose(1, 2)
     if num_queries == 1:
         mask = group.mask.expand(-1, -1, per_head, -1)
     else:
         mask = group.mask.repeat(1, 1, per_head, 1)
-    if layer.soft_cap is None:
+    if layer.soft_cap is None and (not in_fp32 or q.dtype == torch.float32):
         out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=layer.scale)
     else:
         scores = queries.float() @ k.float().transpose(2, 3) * layer.scale
-        scores = torch.tanh(scores / layer.soft_cap) * layer.soft_cap + mask
-        out = (scores.softmax(-1) @ v.float()).to(q.dtype)
+        if layer.soft_cap is not None:
+            scores = torch.tanh(scores / layer.soft_cap) * layer.soft_cap
+        out = ((scores + mask).softmax(-1) @ v.float()).to(q.dtype)
     out = out.view(rows, num_kv_heads, per_head, num_queries, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -28,4 +28,6 @@ def upload_array(device: torch.device, array: npt.NDArray[np.integer]) -> torch.
 def upload_into(target: torch.Tensor, values: npt.NDArray[np.integer]) -> None:
     """Overwrite `target`, of the same shape and type."""
     source = torch.from_numpy(values)
-    target.copy_(source if target.device.type == "cpu" else source.pin_memory(), non_blocking=True)
+    if target.device.type != "cpu":
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)

@@ -29,6 +29,7 @@ from services.worker.engine.batching.admission import (
 from services.worker.engine.batching.budget import GrowthEstimate, TokenBudget
 from services.worker.engine.batching.cache import SequenceCache
 from services.worker.engine.batching.outputs import OutputCollector
+from services.worker.engine.batching.policy import SchedulePolicy, admission_order
 from services.worker.engine.batching.running import RunningSequences
 from services.worker.engine.batching.sequence import Sequence
 from services.worker.engine.batching.steps import IssuedStep, PlanBuilder, PrefillChunk
@@ -64,6 +65,7 @@ class BatchScheduler:
         max_step_tokens: int,
         num_in_flight: int = 1,
         growth: GrowthEstimate | None = None,
+        policy: SchedulePolicy = "fcfs",
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._page_size = page_size
@@ -76,10 +78,9 @@ class BatchScheduler:
         self._num_in_flight = num_in_flight
         self._clock = clock
         self._cache = SequenceCache(num_pages, page_size)
-        num_slots = min(max_running_sequences, max_step_tokens)
-        self._running = RunningSequences(self._cache, num_slots)
+        self._running = RunningSequences(self._cache, min(max_running_sequences, max_step_tokens))
         self._slots = self._running.slots
-        self._waiting = WaitingQueue()
+        self._waiting, self._order = WaitingQueue(), admission_order(policy)
         self._live: dict[int, Sequence] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._growth = GrowthEstimate() if growth is None else growth
@@ -237,7 +238,9 @@ class BatchScheduler:
 
     def _admit(self, plan: PlanBuilder, budget: TokenBudget, now: int) -> None:
         """Start waiting sequences in order, as long as tokens, slots and pages last."""
-        for sequence in self._waiting:
+        if budget.num_left == 0 or self._slots.num_free == 0:
+            return
+        for sequence in self._order(self._waiting, self._num_cached, now):
             if budget.num_left == 0 or self._slots.num_free == 0:
                 return
             self._waiting.update(sequence, self._num_uncached(sequence))
@@ -249,8 +252,11 @@ class BatchScheduler:
             self._start(sequence, plan, now)
             self._plan_chunk(sequence, plan, budget)
 
+    def _num_cached(self, sequence: Sequence) -> int:
+        return self._cache.match(sequence).depth * self._page_size
+
     def _num_uncached(self, sequence: Sequence) -> int:
-        return len(sequence.token_ids) - self._cache.match(sequence).depth * self._page_size
+        return len(sequence.token_ids) - self._num_cached(sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether its pages, and the expected growth of all, are to be had."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.worker.engine.batch import Int32Array
+from services.worker.engine.batching.order import DecodeOrder
 from services.worker.engine.batching.sequence import Sequence
 
 _NOBODY: frozenset[int] = frozenset()
@@ -41,6 +42,7 @@ class SlotTable:
         # By id, the number of slots whose sequences it ends.
         self._num_stopped_by: dict[int, int] = {}
         self._free = list(range(num_slots))
+        self._order = DecodeOrder()
 
     @property
     def num_free(self) -> int:
@@ -79,6 +81,7 @@ class SlotTable:
             self._num_stopped_by[token_id] -= 1
             if not self._num_stopped_by[token_id]:
                 del self._num_stopped_by[token_id]
+        self._order.leave(slot)
         heapq.heappush(self._free, slot)
 
     def stopped(self, slots: list[int], token_ids: list[int]) -> list[tuple[int, int]]:
@@ -94,13 +97,17 @@ class SlotTable:
     def start_decoding(self, slot: int) -> None:
         """All ids known at admission are scheduled: from now on its rows are single tokens."""
         self.decode_end_len[slot] = self.end_len[slot]
+        sequence = self.sequences[slot]
+        assert sequence is not None, "a slot that is nobody's decodes"
+        self._order.join(slot, sequence.pages[: sequence.tail.depth])
 
     def decoding_slots(self) -> npt.NDArray[np.intp]:
-        """Slots whose next token is to be computed in this step, ascending.
+        """Slots whose next token is to be computed in this step, common prefixes together.
 
         The last token before end_len is sampled from the one before it and never computed.
         """
-        return np.flatnonzero(self.num_computed + 1 < self.decode_end_len)
+        slots = self._order.slots
+        return slots[self.num_computed[slots] + 1 < self.decode_end_len[slots]]
 
     def is_current(self, slot: int, epoch: int) -> bool:
         """Whether the slot's sequence is still the one that had it in `epoch`."""

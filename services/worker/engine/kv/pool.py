@@ -51,6 +51,32 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
+def write_tokens(pages: torch.Tensor, locations: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Tokens [T, H, D] to places [T] (page * P + offset) of one layer's `pages` [N, P, H, D].
+
+    What an FP8 pool cannot hold becomes its largest value of that sign.
+    """
+    places = pages.flatten(0, 1)
+    if not _is_fp8(pages.dtype):
+        places.index_copy_(0, locations, tokens)
+        return
+    largest = torch.finfo(pages.dtype).max
+    stored = tokens.float().clamp(-largest, largest).to(pages.dtype)
+    # Torch moves bytes where it has no kernel for the type.
+    places.view(torch.uint8).index_copy_(0, locations, stored.view(torch.uint8))
+
+
+def gather_pages(pages: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pages [N, P, H, D] of one layer at [S] ids -> [S, P, H, D] in `dtype`."""
+    if not _is_fp8(pages.dtype):
+        return pages.index_select(0, ids)
+    return pages.view(torch.uint8).index_select(0, ids).view(pages.dtype).to(dtype)
+
+
+def _is_fp8(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 1
+
+
 def page_bytes(
     *, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:

@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from services.worker.engine.layers.parameters import Placement
+from services.worker.engine.layers.parameters import Placement, StoredTensor
+from services.worker.engine.layers.products import multiply, multiply_to_float
+
+_ID_BITS = 0xFFFFFFFF
+_MAGNITUDE_BITS = 0x7FFFFFFF
+_SMALLEST_KEY = -(2**63)
 
 
 class VocabularyShard:
@@ -38,7 +43,7 @@ class VocabularyShard:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {self._name: self._shape}
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
+    def load(self, name: str, tensor: StoredTensor) -> None:
         rows = tensor[self.first_id : self.first_id + self.num_ids]
         self.weight[: len(rows)].copy_(rows)
         self.weight[len(rows) :].zero_()
@@ -56,7 +61,26 @@ def embed(shard: VocabularyShard, token_ids: torch.Tensor) -> torch.Tensor:
 
 def compute_logits(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tensor:
     """[R, E] -> [R, V] in float32, whole on every rank."""
-    logits = F.linear(hidden, shard.weight).float()
     if shard.group.size == 1:
-        return logits
-    return shard.group.all_gather(logits)[:, : shard.vocab_size].contiguous()
+        return multiply_to_float(hidden, shard.weight)
+    # Ranks send 16 bits where the model has them.
+    logits = multiply(hidden, shard.weight)
+    return shard.group.all_gather(logits)[:, : shard.vocab_size].float().contiguous()
+
+
+def compute_largest(shard: VocabularyShard, hidden: torch.Tensor) -> torch.Tensor:
+    """[R, E] -> ids of the largest logits, [R]; of equal ones the first.
+
+    Each rank sends one number a row: the largest of its logits in the upper half, with bits turned
+    such that integers compare as the floats did, and the complement of its id in the lower half.
+    """
+    num_ids = min(shard.num_ids, max(0, shard.vocab_size - shard.first_id))
+    keys = torch.full((len(hidden), 1), _SMALLEST_KEY, dtype=torch.int64, device=hidden.device)
+    if num_ids:
+        logits = multiply(hidden, shard.weight)[:, :num_ids].float()
+        values, ids = logits.max(-1, keepdim=True)
+        # Adding zero makes the two zeros one.
+        bits = values.add_(0.0).view(torch.int32)
+        ordered = bits ^ ((bits >> 31) & _MAGNITUDE_BITS)
+        keys = (ordered.long() << 32) | (_ID_BITS - (ids + shard.first_id))
+    return _ID_BITS - (shard.group.all_gather(keys).amax(-1) & _ID_BITS)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from types import EllipsisType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from services.worker.engine.distributed.group import TpGroup
+from services.worker.engine.layers.fused import FusedKernels
+
+if TYPE_CHECKING:
+    from services.worker.engine.layers.fp8 import Fp8Scheme
 
 # Fewest rows of a linear layer's input on a CPU: one row alone takes another path through MKL.
 MIN_CPU_ROWS = 2
@@ -19,15 +24,25 @@ class Placement:
     Counts the bytes of the tensors that it makes.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, group: TpGroup) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: TpGroup,
+        fp8: Fp8Scheme | None = None,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.group = group
+        # How linear layers are kept in FP8; None keeps all in `dtype`.
+        self.fp8 = fp8
+        # Stands in where a device and type have no fused kernels; None leaves that to torch.
+        self.compiled: FusedKernels | None = None
         self.num_bytes = 0
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised parameter."""
-        tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised parameter, of the model's type unless another is named."""
+        tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         self.num_bytes += tensor.nbytes
         return tensor
 
@@ -47,14 +62,32 @@ class Placement:
         return self.device.type == "cpu" and self.dtype == torch.float32 and is_narrow
 
 
+class StoredTensor(Protocol):
+    """A checkpoint's tensor, which may be read only where it is indexed (as torch's are)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, index: slice | EllipsisType | tuple[slice, slice]) -> torch.Tensor: ...
+
+
 class Layer(Protocol):
     """A layer with parameters."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every checkpoint tensor of this layer, by name within the layer."""
 
-    def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Take this rank's shard of a full tensor named by `tensors`."""
+    def load(self, name: str, tensor: StoredTensor) -> None:
+        """Take this rank's shard of a full tensor named by `tensors`.
+
+        Different tensors are loaded by several threads at a time.
+        """
 
 
 def shard_size(total: int, group: TpGroup, what: str) -> int:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.worker.engine.layers.fp8 import Fp8Scheme
 from services.worker.engine.layers.rotary import RopeConfig, RopeScaling, yarn_magnitude
+from services.worker.engine.models.quantization import parse_quantization
 
 Json = Mapping[str, Any]
 
@@ -43,6 +45,8 @@ class ModelConfig:
     # Used unless the operator names another; the longest that the rotary embedding is made for.
     context_length: int
     max_context_length: int
+    # How the checkpoint's linear layers are quantized; None where they are not.
+    fp8: Fp8Scheme | None = None
 
 
 def parse_decoder(
@@ -56,8 +60,6 @@ def parse_decoder(
     sliding_windows: tuple[int | None, ...] | None = None,
 ) -> ModelConfig:
     """What all families share; the arguments are where they differ. Raises ValueError."""
-    if raw.get("quantization_config"):
-        raise ValueError("config.json: quantized checkpoints are not supported")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"hidden_act {activation!r} is not supported; supported: 'silu'")
@@ -90,6 +92,7 @@ def parse_decoder(
         dtype=_parse_dtype(raw),
         context_length=default_context,
         max_context_length=max_context,
+        fp8=parse_quantization(raw),
     )
 
 

@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
-from services.worker.engine.layers.embedding import VocabularyShard, compute_logits, embed
+from services.worker.engine.layers.embedding import (
+    VocabularyShard,
+    compute_largest,
+    compute_logits,
+    embed,
+)
+from services.worker.engine.layers.fp8 import Fp8Rows, Rows
 from services.worker.engine.layers.fused import fused_kernels
 from services.worker.engine.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from services.worker.engine.layers.norm import RmsNorm
 from services.worker.engine.layers.parameters import Layer, Placement
+from services.worker.engine.layers.products import has_few_token_kernels
 from services.worker.engine.layers.rotary import RotaryTable, rotate
 from services.worker.engine.models.config import ModelConfig
 
@@ -35,6 +42,7 @@ class Attention:
             config.hidden_size,
             bias=config.qkv_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.output = RowParallelLinear(
             "o_proj",
@@ -42,6 +50,7 @@ class Attention:
             config.hidden_size,
             bias=config.output_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.self_attn.",
         )
         self.norms: tuple[RmsNorm, RmsNorm] | None = None
         if config.qk_norm:
@@ -52,42 +61,54 @@ class Attention:
         self.spec = AttentionLayer(
             index=index, scale=head_dim**-0.5, sliding_window=config.sliding_windows[index]
         )
-        fused = fused_kernels(placement.device, placement.dtype)
-        self._rotate = rotate if fused is None else fused.rotate
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Rows,
         cos: torch.Tensor,
         sin: torch.Tensor,
         backend: AttentionBackend,
     ) -> torch.Tensor:
         """[T, E] -> [T, E]"""
-        heads = self.qkv.forward(x).view(len(x), -1, self._head_dim)
+        return self.output.forward(self.attend(self.qkv.forward(x), cos, sin, backend))
+
+    def attend(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """[T, (H + 2 K) D] -> [T, H D]"""
+        heads = qkv.view(len(qkv), -1, self._head_dim)
         rotated_heads = self._num_heads + self._num_kv_heads
-        if self.norms is None:
-            # Queries and keys lie side by side, so one rotation serves both.
-            qk = self._rotate(heads[:, :rotated_heads], cos, sin)
-        else:
-            q_norm, k_norm = self.norms
-            q = q_norm.forward(heads[:, : self._num_heads])
-            k = k_norm.forward(heads[:, self._num_heads : rotated_heads])
-            qk = self._rotate(torch.cat((q, k), dim=1), cos, sin)
+        # Queries and keys lie side by side, so one rotation serves both.
+        qk = self._rotate(heads[:, :rotated_heads], cos, sin)
         out = backend.run(
             qk[:, : self._num_heads],
             qk[:, self._num_heads :],
             heads[:, rotated_heads:],
             self.spec,
         )
-        return self.output.forward(out.flatten(1))
+        return out.flatten(1)
+
+    def _rotate(self, qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[T, H + K, D], after the heads' norms if there are any."""
+        if self.norms is None:
+            return rotate(qk, cos, sin) if self._fused is None else self._fused.rotate(qk, cos, sin)
+        q_norm, k_norm = self.norms
+        if self._fused is not None:
+            return self._fused.norm_rotate(
+                qk, cos, sin, q_norm.weight, k_norm.weight, self._num_heads, q_norm.eps
+            )
+        q = q_norm.forward(qk[:, : self._num_heads])
+        k = k_norm.forward(qk[:, self._num_heads :])
+        return rotate(torch.cat((q, k), dim=1), cos, sin)
 
 
 class Mlp:
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.gate_up = ColumnParallelLinear(
             (
                 Part("gate_proj", config.intermediate_size),
@@ -96,6 +117,7 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
         self.down = RowParallelLinear(
             "down_proj",
@@ -103,15 +125,32 @@ class Mlp:
             config.hidden_size,
             bias=config.mlp_bias,
             placement=placement,
+            prefix=f"model.layers.{index}.mlp.",
         )
-        self._fused = fused_kernels(placement.device, placement.dtype)
+        self._fused = fused_kernels(placement.device, placement.dtype, placement.compiled)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, E] -> [T, E]"""
+        return self.down.forward(self._gated(x))
+
+    def forward_add(self, residual: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """Of the norm of the residual, plus the residual, [T, E] -> [T, E]."""
+        return self.down.forward_add(self._gated(residual, norm), residual)
+
+    def _gated(self, x: Rows, norm: RmsNorm | None = None) -> Rows:
+        gated = self.gate_up.forward_gated(x, norm)
+        if gated is not None:
+            return gated
+        if norm is not None and isinstance(x, torch.Tensor):
+            x = norm.forward_rows(x)
+        both = self.gate_up.forward(x)
+        fp8 = self.down.matrix.kernels
+        if fp8 is not None and len(both) > fp8.FEW_TOKENS:
+            return Fp8Rows(*fp8.silu_mul(both))
         if self._fused is not None:
-            return self.down.forward(self._fused.silu_mul(self.gate_up.forward(x)))
-        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
-        return self.down.forward(F.silu(gate).mul_(up))
+            return self._fused.silu_mul(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class DecoderLayer:
@@ -119,10 +158,28 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         self.attention = Attention(config, index, placement)
-        self.mlp = Mlp(config, placement)
+        self.mlp = Mlp(config, index, placement)
         size, eps = config.hidden_size, config.norm_eps
-        self.input_norm = RmsNorm("input_layernorm", size, eps, placement)
-        self.mlp_norm = RmsNorm("post_attention_layernorm", size, eps, placement)
+        self.input_norm = RmsNorm(
+            "input_layernorm", size, eps, placement, self.attention.qkv.matrix.kernels
+        )
+        self.mlp_norm = RmsNorm(
+            "post_attention_layernorm", size, eps, placement, self.mlp.gate_up.matrix.kernels
+        )
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        backend: AttentionBackend,
+    ) -> torch.Tensor:
+        """[T, E] -> [T, E], norms and additions being part of the products where they can be."""
+        attention = self.attention
+        qkv = attention.qkv.forward_normed(residual, self.input_norm)
+        attended = attention.attend(qkv, cos, sin, backend)
+        residual = attention.output.forward_add(attended, residual)
+        return self.mlp.forward_add(residual, self.mlp_norm)
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
@@ -154,6 +211,7 @@ class Decoder:
         ]
         self._norm = RmsNorm("model.norm", config.hidden_size, config.norm_eps, placement)
         self._rotary = RotaryTable(config.rope, context_length, placement.device, placement.dtype)
+        self._fuses_products = has_few_token_kernels(placement.device, placement.dtype)
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with parameters and its checkpoint prefix."""
@@ -171,7 +229,11 @@ class Decoder:
         """[T] ids and positions -> [T, E] after the last norm."""
         cos, sin = self._rotary.at(positions)
         residual = embed(self._embedding, token_ids)
-        x = self._layers[0].input_norm.forward(residual)
+        if self._fuses_products and len(token_ids) == 1:
+            for layer in self._layers:
+                residual = layer.forward(residual, cos, sin, backend)
+            return self._norm.forward(residual)
+        x = self._layers[0].input_norm.forward_rows(residual)
         for index, layer in enumerate(self._layers):
             x = layer.attention.forward(x, cos, sin, backend)
             x, residual = layer.mlp_norm.forward_add(x, residual)
@@ -180,8 +242,13 @@ class Decoder:
                 self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
             )
             x, residual = following.forward_add(x, residual)
+        assert isinstance(x, torch.Tensor), "the output head is not in FP8"
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R, V] in float32."""
         return compute_logits(self._head, hidden)
+
+    def largest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] -> [R] ids of the largest logits, without bringing all logits to every rank."""
+        return compute_largest(self._head, hidden)

@@ -42,6 +42,16 @@ def _qwen3(raw: Json, architecture: str) -> ModelConfig:
     )
 
 
+def _seed_oss(raw: Json, architecture: str) -> ModelConfig:
+    return parse_decoder(
+        raw,
+        architecture,
+        qkv_bias=bool(raw.get("attention_bias", True)),
+        output_bias=bool(raw.get("attention_out_bias", False)),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+    )
+
+
 def _qwen_windows(raw: Json) -> tuple[int | None, ...]:
     """`layer_types` where given, else: layers from `max_window_layers` on use the window."""
     num_layers = integer(raw, "num_hidden_layers")
@@ -64,6 +74,7 @@ ARCHITECTURES: dict[str, Callable[[Json, str], ModelConfig]] = {
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
+    "SeedOssForCausalLM": _seed_oss,
 }
 
 

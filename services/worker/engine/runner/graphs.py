@@ -73,6 +73,11 @@ class DecodeGraphs:
             num_rows == len(plan.token_ids) == len(plan.sample_rows)
             and num_rows <= self._sizes[-1]
             and not plan.prompt_logprobs
+            # The table lacks the plan's own page changes, so this is a good guess; the backend
+            # decides once more when it plans the step.
+            and not self._backend.wants_eager(
+                plan.slots, plan.start_positions, self._tables.host_page_table
+            )
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepInputs, torch.Tensor]:

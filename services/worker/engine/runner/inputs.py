@@ -91,6 +91,11 @@ class SlotTables:
         # On a CPU both twins are the same memory.
         self._page_table = torch.from_numpy(self._host_pages).to(device)
 
+    @property
+    def host_page_table(self) -> Int32Array:
+        """[slots, pages] as of the last prepared plan."""
+        return self._host_pages
+
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Apply the plan's page changes and lay out its tokens."""
         self._apply_page_changes(plan)

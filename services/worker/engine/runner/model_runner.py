@@ -36,8 +36,9 @@ class _Forwarded:
 
     plan: StepPlan
     inputs: StepInputs
-    # [R, V]
-    logits: torch.Tensor
+    # [R, V]; None where `largest`, [R], says all that is wanted.
+    logits: torch.Tensor | None
+    largest: torch.Tensor | None
     # In the order of StepPlan.prompt_logprobs.
     prompt_logprobs: list[PositionLogprobs]
 
@@ -72,6 +73,7 @@ class ModelRunner:
         self._model = model
         self._backend = backend
         self._reports = reports
+        self._shares_vocabulary = plan.tp_size > 1
         num_slots = plan.max_running_sequences
         self._tables = SlotTables(
             num_slots=num_slots,
@@ -121,7 +123,7 @@ class ModelRunner:
             self._sampler.assign(assignment)
         if self._graphs is not None and self._graphs.takes(plan):
             inputs, hidden = self._graphs.forward(plan)
-            self._forwarded.append(_Forwarded(plan, inputs, self._model.logits(hidden), []))
+            self._forwarded.append(self._forwarded_with(hidden, plan, inputs, []))
             return
         if self._pieces is not None and self._pieces.takes(plan):
             inputs, hidden = self._pieces.forward(plan)
@@ -134,24 +136,52 @@ class ModelRunner:
         ]
         if inputs.sample_tokens is not None:
             hidden = hidden.index_select(0, inputs.sample_tokens)
-        logits = self._model.logits(hidden)[: len(plan.sample_rows)]
-        self._forwarded.append(_Forwarded(plan, inputs, logits, prompt_logprobs))
+        self._forwarded.append(self._forwarded_with(hidden, plan, inputs, prompt_logprobs))
+
+    def _forwarded_with(
+        self,
+        hidden: torch.Tensor,
+        plan: StepPlan,
+        inputs: StepInputs,
+        prompt_logprobs: list[PositionLogprobs],
+    ) -> _Forwarded:
+        """[at least R, E] -> what sampling needs of the step."""
+        num_rows = len(plan.sample_rows)
+        # All ranks know the same of the rows, so all choose the same collective.
+        if self._shares_vocabulary and self._sampler.takes_largest(
+            inputs.sample_slots, inputs.sample_positions
+        ):
+            largest = self._model.largest(hidden)[:num_rows]
+            return _Forwarded(plan, inputs, None, largest, prompt_logprobs)
+        logits = self._model.logits(hidden)[:num_rows]
+        return _Forwarded(plan, inputs, logits, None, prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self) -> None:
         """Issue sampling for the newest forward pass."""
         forwarded = self._forwarded.pop()
         inputs = forwarded.inputs
-        step = self._sampler.sample(
-            forwarded.logits,
-            inputs.sample_slots,
-            inputs.sample_positions,
-            forwarded.prompt_logprobs,
-            reports=self._reports,
-        )
+        if forwarded.logits is None:
+            assert forwarded.largest is not None, "one of the two is known"
+            step = self._sampler.chosen(forwarded.largest, forwarded.prompt_logprobs)
+        else:
+            step = self._sampler.sample(
+                forwarded.logits,
+                inputs.sample_slots,
+                inputs.sample_positions,
+                forwarded.prompt_logprobs,
+                reports=self._reports,
+            )
         self._tables.note_sampled(inputs.sampled_slots, step.device_ids)
         if self._reports:
             self._sampled.append(_Sampled(forwarded.plan, inputs.sample_positions, step))
+
+    def has_result(self) -> bool:
+        """Whether `result` would not wait. Raises RuntimeError when the device failed."""
+        is_filled = self._sampled[0].step.is_filled
+        if is_filled is None:
+            return True
+        return bool(is_filled.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
         """Wait for the oldest sampled step that was not read yet."""
@@ -176,10 +206,15 @@ class ModelRunner:
             )
         return result
 
+    def check(self) -> None:
+        """Nothing here fails without a step."""
+
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Drop what is in flight and the graphs, which keep the group's collectives in use."""
         self._forwarded.clear()
         self._sampled.clear()
+        self._graphs = None
+        self._pieces = None
 
     def _prompt_logprobs(
         self,

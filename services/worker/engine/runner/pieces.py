@@ -75,6 +75,8 @@ class PieceGraphs:
         self._device = device
         self._sizes = np.array(sorted(sizes))
         self._memory = torch.cuda.graph_pool_handle()
+        # One for all captures: memory that a stream has taken serves no other.
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         largest = int(self._sizes[-1])
         # Ids, slots and positions, then locations and what concerns the rows that sample.
         self._buffer = torch.zeros(
@@ -115,7 +117,7 @@ class PieceGraphs:
     @torch.inference_mode()
     def _capture(self, size: int) -> _Captured:
         token_ids, slots, positions = padded_view(self._buffer, size)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             # The first run loads kernels and makes handles, which a capture may not.

@@ -13,103 +13,83 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
-import msgspec
+from torch._C._distributed_c10d import TCPStore
 
+from services.common.nodes import HostPort
 from services.worker.engine.batch import StepPlan, StepResult
 from services.worker.engine.distributed.channel import Channel, Kind, RankLostError
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.distributed.plan_codec import encode_plan
+from services.worker.engine.distributed.rendezvous import JOIN_TIMEOUT_S, accept_ranks
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.model_runner import ModelRunner
+from services.worker.engine.runner.watch import RankWatch
+from services.worker.engine.spec import (
+    FOLLOWER_MODULE,
+    FollowerSpec,
+    RankStart,
+    encode_message,
+)
 
 # How long a rank may take to import torch, to take a frame, and to end when asked.
 _HELLO_TIMEOUT_S = 120.0
 _SEND_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
-
-
-class RankStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank must know to load its shard."""
-
-    rank: int
-    size: int
-    store_port: int
-    options: EngineOptions
-
-
-class RankLoaded(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank's answer once its shard is loaded."""
-
-    pool_budget_bytes: int
+# Longest step. A rank whose process runs but whose device never ends a step shows by nothing else.
+_STEP_TIMEOUT_S = 60.0
+# How often a wait for the device looks for lost ranks.
+_CHECK_EVERY_S = 0.02
 
 
 class RankProcesses:
-    """Owns the processes of ranks 1 to size - 1 and a channel to each.
+    """Owns a channel to each other rank, and the processes of those on this host.
 
-    The processes die with this one, and with the thread that started them.
+    Ranks 1 to `num_local` - 1 are of this host; their processes die with this one, and with the
+    thread that started them.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, num_local: int) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._channels: list[Channel] = []
-        for _ in range(1, size):
+        self.channels: dict[int, Channel] = {}
+        for rank in range(1, num_local):
             ours, theirs = socket.socketpair()
             with theirs:
-                command = (
-                    sys.executable,
-                    "-m",
-                    "services.worker.engine.runner.follower",
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                )
+                spec = FollowerSpec(rank=rank, parent_pid=os.getpid(), channel_fd=theirs.fileno())
+                command = (sys.executable, "-m", FOLLOWER_MODULE, encode_message(spec).decode())
                 self._processes.append(
                     subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
                 )
-            self._channels.append(Channel(ours, _SEND_TIMEOUT_S))
+            self.channels[rank] = Channel(ours, _SEND_TIMEOUT_S)
 
-    def start(self, options: EngineOptions, store_port: int) -> None:
-        """Wait until all are up, then have them load."""
-        self.expect(Kind.HELLO, _HELLO_TIMEOUT_S)
-        for rank, channel in enumerate(self._channels, start=1):
-            start = RankStart(
-                rank=rank,
-                size=len(self._channels) + 1,
-                store_port=store_port,
-                options=options,
-            )
-            channel.send(Kind.START, msgspec.json.encode(start, enc_hook=str))
+    def start(self, options: EngineOptions, store: TCPStore, address: HostPort) -> None:
+        """Wait until all are up, those of other hosts included, then have them load.
 
-    def expect(self, kind: Kind, timeout_s: float | None = None) -> list[bytes]:
-        """One frame of `kind` from every rank. Raises RankLostError, with a rank's own reason."""
-        payloads = []
-        for rank, channel in enumerate(self._channels, start=1):
-            if not channel.wait(timeout_s):
-                raise RankLostError(f"rank {rank} did not answer within {timeout_s} s")
-            received, payload = channel.receive()
-            if received is Kind.FAILED:
-                raise RankLostError(f"rank {rank} failed: {payload.decode()}")
-            assert received is kind, f"rank {rank} sent {received.name}, not {kind.name}"
-            payloads.append(payload)
-        return payloads
+        Raises RankLostError, with a rank's own reason.
+        """
+        for rank, channel in self.channels.items():
+            if not channel.wait(_HELLO_TIMEOUT_S):
+                raise RankLostError(f"rank {rank} did not start within {_HELLO_TIMEOUT_S:.0f} s")
+            _expect(Kind.HELLO, rank, channel)
+        if options.nnodes > 1:
+            remote = range(options.ranks_per_node, options.tp_size)
+            for rank, channel in accept_ranks(store, remote, JOIN_TIMEOUT_S).items():
+                self.channels[rank] = channel
+        start = RankStart(
+            size=options.tp_size, host=address.host, port=address.port, options=options
+        )
+        self.send(Kind.START, encode_message(start))
+        for rank, channel in self.channels.items():
+            _expect(Kind.STARTED, rank, channel)
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
         """To every rank."""
-        for channel in self._channels:
+        for channel in self.channels.values():
             channel.send(kind, payload)
 
-    def check(self) -> None:
-        """Raise RankLostError when a rank ended or said that it failed."""
-        for rank, channel in enumerate(self._channels, start=1):
-            # After loading, a rank speaks only to say that it failed.
-            if channel.wait(0):
-                _, payload = channel.receive()
-                raise RankLostError(f"rank {rank} failed: {payload.decode()}")
-
     def close(self) -> None:
-        """Stop all; those that do not end in time are killed."""
-        for channel in self._channels:
+        """Stop all; those of this host that do not end in time are killed."""
+        for channel in self.channels.values():
             with contextlib.suppress(RankLostError):
                 channel.send(Kind.STOP)
             channel.close()
@@ -122,50 +102,64 @@ class RankProcesses:
                 process.wait()
 
 
+def _expect(kind: Kind, rank: int, channel: Channel) -> None:
+    received, payload = channel.receive()
+    if received is Kind.FAILED:
+        raise RankLostError(f"rank {rank} failed: {payload.decode(errors='replace')}")
+    assert received is kind, f"rank {rank} sent {received.name}, not {kind.name}"
+
+
 class LeadingRunner:
     """Runner of a whole group: rank 0's own, with its calls mirrored by the other ranks.
 
     A rank that died or hangs raises RankLostError from the call that notices: at once when it is
-    dead, after a collective's timeout when it hangs.
+    dead, after a timeout when it hangs.
     """
 
-    def __init__(self, local: ModelRunner, ranks: RankProcesses, group: TpGroup) -> None:
+    def __init__(
+        self, local: ModelRunner, ranks: RankProcesses, watch: RankWatch, group: TpGroup
+    ) -> None:
         self.num_in_flight = local.num_in_flight
         self._local = local
         self._ranks = ranks
+        self._watch = watch
         self._group = group
+        watch.expect_steps()
 
     def forward(self, plan: StepPlan) -> None:
         self.check()
-        with self._noticing_lost_ranks():
+        with self._watch.calling():
             self._ranks.send(Kind.FORWARD, encode_plan(plan))
             self._local.forward(plan)
 
     def sample(self) -> None:
-        with self._noticing_lost_ranks():
+        with self._watch.calling():
             self._ranks.send(Kind.SAMPLE)
             self._local.sample()
 
     def result(self) -> StepResult:
-        with self._noticing_lost_ranks():
+        with self._watch.calling():
+            self._wait_for_result()
             return self._local.result()
 
     def check(self) -> None:
-        """Raise RankLostError when a rank ended; cheap enough for every idle moment."""
-        self._ranks.check()
+        """Raise RankLostError when a rank is gone."""
+        self._watch.check()
 
     def close(self) -> None:
         self._local.close()
+        self._watch.close()
         self._ranks.close()
         self._group.close()
 
-    @contextlib.contextmanager
-    def _noticing_lost_ranks(self) -> Iterator[None]:
-        try:
-            yield
-        except RankLostError:
-            raise
-        except RuntimeError as error:
-            # A collective's error says little; the rank itself may have said why it went.
-            self._ranks.check()
-            raise RankLostError(f"a step failed on rank 0: {error}") from error
+    def _wait_for_result(self) -> None:
+        """An event of the device cannot be waited for while a rank may be lost: look at both."""
+        started = checked = time.monotonic()
+        while not self._local.has_result():
+            now = time.monotonic()
+            if now - checked < _CHECK_EVERY_S:
+                continue
+            checked = now
+            self._watch.check()
+            if now - started > _STEP_TIMEOUT_S:
+                raise RankLostError(f"a step did not end within {_STEP_TIMEOUT_S:.0f} s")

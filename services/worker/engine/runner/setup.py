@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
 
+from services.worker.engine.attention.backend import CapturableAttention
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import TpGroup
 from services.worker.engine.kv.pool import PagePool, fitting_pages, page_bytes
+from services.worker.engine.layers.compiled import CompiledKernels
 from services.worker.engine.layers.parameters import Placement
 from services.worker.engine.models.config import ModelConfig
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.models.weights import load_dummy_weights, load_weights
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.graphs import decode_graph_sizes
+from services.worker.engine.runner.memory import check_weights
 from services.worker.engine.runner.model_runner import ModelRunner
 from services.worker.engine.runner.pieces import piece_graph_sizes
+from services.worker.engine.runner.precision import (
+    check_fp8_device,
+    decide_fp8,
+    decide_kv_cache_dtype,
+)
 
-ATTENTION_BACKENDS = ("torch", "flashinfer")
+logger = logging.getLogger(__name__)
+
+# The best comes first.
+ATTENTION_BACKENDS = ("flashinfer", "triton", "torch")
 
 # What FlashInfer has kernels for on every GPU it supports.
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# Tiles of larger heads would not fit a processor's shared memory.
+_TRITON_MAX_HEAD_DIM = 256
+
+# Below so many GiB of memory, so many tokens a step.
+_STEP_TOKENS = ((35, 2048), (60, 4096), (160, 8192))
+_MOST_STEP_TOKENS = 16384
+
+# Sequences at once: smaller GPUs and CPUs have no room for the logits and caches of more.
+_MAX_RUNNING, _MAX_RUNNING_LARGE = 256, 512
+_LARGE_DEVICE_BYTES = 60 * 1024**3
 
 _LOAD_FORMATS = ("safetensors", "dummy")
 _WEIGHT_BYTES_PER_THREAD = 64 * 1024**2
@@ -61,6 +83,28 @@ def decide_context_length(options: EngineOptions, config: ModelConfig) -> int:
     return wanted
 
 
+def decide_step_tokens(options: EngineOptions, device_bytes: int) -> int:
+    """Tokens of a step, by a GPU's whole memory as SGLang has it; `device_bytes` is 0 for CPUs."""
+    if options.chunked_prefill_size is not None:
+        return options.chunked_prefill_size
+    for limit, num_tokens in _STEP_TOKENS:
+        if device_bytes < limit * 1024**3:
+            return num_tokens
+    return _MOST_STEP_TOKENS
+
+
+def decide_max_running(options: EngineOptions, device_bytes: int) -> int:
+    """Sequences that run at once; `device_bytes` as in `decide_step_tokens`."""
+    if options.max_running_sequences is not None:
+        return options.max_running_sequences
+    return _MAX_RUNNING if device_bytes < _LARGE_DEVICE_BYTES else _MAX_RUNNING_LARGE
+
+
+def device_memory(device: torch.device) -> int:
+    """A GPU's whole memory in bytes; 0 for CPUs."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+
+
 def check_tp_size(tp_size: int, config: ModelConfig) -> None:
     """Raises ValueError when the model cannot be divided among so many ranks."""
     if tp_size < 1:
@@ -78,19 +122,19 @@ def check_tp_size(tp_size: int, config: ModelConfig) -> None:
         )
 
 
-def decide_num_threads(weight_bytes: int, num_threads: int, tp_size: int) -> int:
-    """Threads of one rank on a CPU, of the `num_threads` that torch has for all.
+def decide_num_threads(weight_bytes: int, num_threads: int, ranks_per_node: int) -> int:
+    """Threads of one rank on a CPU, of the `num_threads` that torch has for all of this host.
 
     A step reads all weights once; below some share a thread, handing work out costs more than it
     saves, most of all when other processes want the cores.
     """
-    return max(1, min(num_threads // tp_size, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
+    return max(1, min(num_threads // ranks_per_node, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
 def decide_attention_backend(
     options: EngineOptions, config: ModelConfig, device: torch.device, *, has_flashinfer: bool
 ) -> str:
-    """FlashInfer where it can run the model, unless the operator wished otherwise.
+    """The first of ATTENTION_BACKENDS that can run the model, or the one the operator wished.
 
     Raises ValueError for a backend that is unknown or cannot run the model.
     """
@@ -99,28 +143,51 @@ def decide_attention_backend(
         raise ValueError(
             f"attention_backend {wanted!r} is unknown; known: {', '.join(ATTENTION_BACKENDS)}"
         )
-    obstacle = None
+    obstacles = {
+        "flashinfer": _flashinfer_obstacle(options, config, device, has_flashinfer),
+        "triton": _triton_obstacle(config, device),
+        "torch": None,
+    }
+    if wanted is None:
+        return next(name for name in ATTENTION_BACKENDS if obstacles[name] is None)
+    if obstacles[wanted] is not None:
+        raise ValueError(f"attention_backend {wanted} cannot be used: {obstacles[wanted]}")
+    return wanted
+
+
+def _flashinfer_obstacle(
+    options: EngineOptions, config: ModelConfig, device: torch.device, has_flashinfer: bool
+) -> str | None:
     if device.type != "cuda":
-        obstacle = f"the device is {device.type}, not cuda"
-    elif not has_flashinfer:
-        obstacle = "flashinfer is not installed"
-    elif decide_dtype(options, config, device) not in _FLASHINFER_DTYPES:
-        obstacle = f"the dtype is not one of {', '.join(_FLASHINFER_DTYPES)}"
-    elif config.head_dim not in _FLASHINFER_HEAD_DIMS:
-        obstacle = f"head size {config.head_dim} is not one of {_FLASHINFER_HEAD_DIMS}"
-    if wanted == "flashinfer" and obstacle is not None:
-        raise ValueError(f"attention_backend flashinfer cannot be used: {obstacle}")
-    return wanted or ("torch" if obstacle else "flashinfer")
+        return f"the device is {device.type}, not cuda"
+    if options.disable_flashinfer:
+        return "disable_flashinfer is set"
+    if options.attention_reduce_in_fp32:
+        return "attention_reduce_in_fp32 is set, and its kernels round probabilities"
+    if not has_flashinfer:
+        return "flashinfer is not installed"
+    if decide_dtype(options, config, device) not in _FLASHINFER_DTYPES:
+        return f"the dtype is not one of {', '.join(_FLASHINFER_DTYPES)}"
+    if config.head_dim not in _FLASHINFER_HEAD_DIMS:
+        return f"head size {config.head_dim} is not one of {_FLASHINFER_HEAD_DIMS}"
+    return None
+
+
+def _triton_obstacle(config: ModelConfig, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device.type}, not cuda"
+    if config.head_dim > _TRITON_MAX_HEAD_DIM:
+        return f"head size {config.head_dim} is above {_TRITON_MAX_HEAD_DIM}"
+    return None
 
 
 def decide_graph_sizes(
-    options: EngineOptions, config: ModelConfig, backend: str
+    options: EngineOptions, backend: str, max_running_sequences: int
 ) -> tuple[int, ...]:
-    """Graphs hold decode steps whose attention is FlashInfer's in every layer."""
-    has_windows = any(window is not None for window in config.sliding_windows)
-    if backend != "flashinfer" or has_windows or options.disable_cuda_graph:
+    """Graphs hold decode steps; the torch backend's depend on the rows' lengths."""
+    if backend == "torch" or options.disable_cuda_graph:
         return ()
-    return decode_graph_sizes(options.max_running_sequences)
+    return decode_graph_sizes(max_running_sequences)
 
 
 def decide_plan(
@@ -130,8 +197,11 @@ def decide_plan(
     device: torch.device,
     eos_token_ids: tuple[int, ...],
     pool_budget_bytes: int,
+    device_bytes: int = 0,
 ) -> EnginePlan:
     """The engine's decisions, from the operator's wishes and the memory left for pages.
+
+    `device_bytes` is a GPU's whole memory, 0 for CPUs.
 
     Pure. Raises ValueError when a wish cannot be met.
     """
@@ -142,35 +212,47 @@ def decide_plan(
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
     )
     dtype = decide_dtype(options, config, device)
+    kv_cache_dtype = decide_kv_cache_dtype(options, dtype)
+    is_fp8 = decide_fp8(options, config, device=device, dtype=dtype) is not None
+    max_step_tokens = decide_step_tokens(options, device_bytes)
+    max_running_sequences = decide_max_running(options, device_bytes)
     num_pages = options.num_pages or fitting_pages(
-        free_bytes=pool_budget_bytes,
-        bytes_per_page=page_bytes(
-            num_layers=config.num_layers,
-            page_size=options.page_size,
-            num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
-            head_dim=config.head_dim,
-            dtype=getattr(torch, dtype),
-        ),
+        free_bytes=pool_budget_bytes, bytes_per_page=rank_page_bytes(options, config, device)
     )
     return EnginePlan(
         device=device.type,
         dtype=dtype,
         attention_backend=backend,
+        kv_cache_dtype=kv_cache_dtype,
         page_size=options.page_size,
         num_pages=num_pages,
         # A sequence that cannot fit the whole pool could never run.
         context_length=min(decide_context_length(options, config), num_pages * options.page_size),
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
-        max_running_sequences=options.max_running_sequences,
-        max_step_tokens=options.chunked_prefill_size,
+        max_running_sequences=max_running_sequences,
+        max_step_tokens=max_step_tokens,
+        schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
-        graph_sizes=decide_graph_sizes(options, config, backend),
+        quantization="fp8" if is_fp8 else None,
+        attention_reduce_in_fp32=options.attention_reduce_in_fp32,
+        graph_sizes=decide_graph_sizes(options, backend, max_running_sequences),
         piece_graph_sizes=(
-            piece_graph_sizes(options.chunked_prefill_size)
+            piece_graph_sizes(max_step_tokens)
             if backend != "torch" and not options.disable_cuda_graph
             else ()
         ),
+    )
+
+
+def rank_page_bytes(options: EngineOptions, config: ModelConfig, device: torch.device) -> int:
+    """Bytes of one page on one rank."""
+    return page_bytes(
+        num_layers=config.num_layers,
+        page_size=options.page_size,
+        num_kv_heads=max(1, config.num_kv_heads // options.tp_size),
+        head_dim=config.head_dim,
+        dtype=getattr(torch, decide_kv_cache_dtype(options, decide_dtype(options, config, device))),
     )
 
 
@@ -182,26 +264,62 @@ def load_model(
     group: TpGroup,
     on_progress: Callable[[float], None],
 ) -> Decoder:
-    """This rank's shard with its weights. Raises ValueError when the checkpoint does not fit."""
+    """This rank's shard with its weights.
+
+    Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
+    when a GPU cannot hold it.
+    """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, got {options.load_format!r}"
         )
-    dtype: torch.dtype = getattr(torch, decide_dtype(options, config, device))
-    placement = Placement(device, dtype, group)
-    model = Decoder(config, decide_context_length(options, config), placement)
+    dtype = decide_dtype(options, config, device)
+    fp8 = decide_fp8(options, config, device=device, dtype=dtype)
+    check_fp8_device(
+        device, weights=fp8 is not None, kv_cache_dtype=decide_kv_cache_dtype(options, dtype)
+    )
+    placement = Placement(device, getattr(torch, dtype), group, fp8)
+    placement.compiled = compiled_kernels(options, device, placement.dtype)
+    context_length = decide_context_length(options, config)
+    if device.type == "cuda":
+        # Without making them: a model of that device is shapes alone.
+        outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
+        Decoder(config, context_length, outline)
+        check_weights(options, outline.num_bytes, device)
+    model = Decoder(config, context_length, placement)
     if device.type == "cpu":
-        threads = decide_num_threads(placement.num_bytes, torch.get_num_threads(), group.size)
+        threads = decide_num_threads(
+            placement.num_bytes, torch.get_num_threads(), options.ranks_per_node
+        )
         torch.set_num_threads(threads)
     if options.load_format == "dummy":
         load_dummy_weights(model, device, on_progress)
     else:
-        load_weights(model, options.model_path, on_progress)
+        load_weights(model, options.model_path, device, on_progress)
     return model
 
 
-def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner:
-    """The rank's page pool, attention backend and runner around a loaded model."""
+def compiled_kernels(
+    options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> CompiledKernels | None:
+    """What `enable_torch_compile` gives. Raises ValueError on CPUs, where it only costs."""
+    if not options.enable_torch_compile:
+        return None
+    if device.type == "cpu":
+        raise ValueError("enable_torch_compile needs a GPU: on CPUs compiled steps are slower")
+    if dtype != torch.float32:
+        logger.warning("event=torch_compile_unused reason='%s has kernels of its own'", dtype)
+        return None
+    return CompiledKernels()
+
+
+def make_runner(
+    model: Decoder, plan: EnginePlan, group: TpGroup, *, reports: bool = True
+) -> ModelRunner:
+    """The rank's page pool, attention backend and runner around a loaded model.
+
+    All ranks call it together. Without `reports` the runner has no results to read.
+    """
     config = model.config
     device = torch.device(plan.device)
     pool = PagePool(
@@ -211,26 +329,50 @@ def make_runner(model: Decoder, plan: EnginePlan, group: TpGroup) -> ModelRunner
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
         head_dim=config.head_dim,
-        dtype=getattr(torch, plan.dtype),
+        dtype=getattr(torch, plan.kv_cache_dtype),
         device=device,
     )
-    is_leader = group.rank == 0
     if plan.attention_backend == "torch":
-        return ModelRunner(
-            model=model, backend=TorchAttention(pool), plan=plan, device=device, reports=is_leader
+        torch_backend = TorchAttention(
+            pool, getattr(torch, plan.dtype), reduce_in_fp32=plan.attention_reduce_in_fp32
         )
-    # Imported where it was chosen: machines without a GPU do not have it.
-    from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
-
-    backend = FlashInferAttention(
-        pool,
-        num_heads=config.num_heads // group.size,
-        max_captured_rows=max(plan.graph_sizes, default=0),
-        max_pages=-(-plan.context_length // plan.page_size),
-    )
-    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=is_leader)
+        return ModelRunner(
+            model=model, backend=torch_backend, plan=plan, device=device, reports=reports
+        )
+    backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
+    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=reports)
     if plan.graph_sizes:
         runner.capture_decodes(backend, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
+    # What captures warmed up with lies on their streams, where steps cannot use it.
+    torch.cuda.empty_cache()
     return runner
+
+
+def _make_capturable(
+    pool: PagePool, config: ModelConfig, plan: EnginePlan, *, num_heads: int
+) -> CapturableAttention:
+    # Imported where they were chosen: machines without a GPU may lack both libraries.
+    from services.worker.engine.attention.triton_backend import TritonAttention
+
+    triton = TritonAttention(
+        pool,
+        num_heads=num_heads,
+        max_rows=max(plan.max_running_sequences, *plan.graph_sizes, 1),
+        dtype=getattr(torch, plan.dtype),
+        reduce_in_fp32=plan.attention_reduce_in_fp32,
+    )
+    if plan.attention_backend == "triton":
+        return triton
+    from services.worker.engine.attention.flashinfer_backend import FlashInferAttention
+
+    return FlashInferAttention(
+        pool,
+        num_heads=num_heads,
+        max_captured_rows=max(plan.graph_sizes, default=0),
+        max_pages=-(-plan.context_length // plan.page_size),
+        others=triton,
+        dtype=getattr(torch, plan.dtype),
+        has_other_layers=any(window is not None for window in config.sliding_windows),
+    )

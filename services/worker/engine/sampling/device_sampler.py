@@ -18,7 +18,7 @@ from services.worker.engine.attention.upload import upload_array
 from services.worker.engine.batch import SlotAssignment
 from services.worker.engine.kernels.sampling_changes import change
 from services.worker.engine.kernels.sampling_choose import choose
-from services.worker.engine.kernels.sampling_math import FILTER
+from services.worker.engine.kernels.sampling_math import ARGMAX, FILTER
 from services.worker.engine.kernels.sampling_report import report
 from services.worker.engine.kernels.sampling_scan import scan
 from services.worker.engine.messages import LogprobSpec, SamplingParams
@@ -108,8 +108,7 @@ class DeviceSampler:
         num_rows = len(slots)
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=self._device)
         if num_rows == 0:
-            packed = token_ids.to(torch.int32)
-            return self._copied(packed, token_ids, [], [], (0, 0), prompt_logprobs)
+            return self.chosen(token_ids, prompt_logprobs)
         words, num_changed = self._step_words(slots, positions)
         summarised = bool(np.bitwise_or.reduce(words[:, MODE_WORD]) & FILTER)
         rows: list[int] = []
@@ -145,6 +144,18 @@ class DeviceSampler:
                 records, logits, found, token_ids, self._requested.entries, out, num_top=widths[0]
             )
         return self._copied(packed, token_ids, rows, specs, widths, prompt_logprobs)
+
+    def takes_largest(self, slots: npt.NDArray[np.int32], positions: Int64Array) -> bool:
+        """As `StepSampler` says."""
+        words, num_changed = self._step_words(slots, positions)
+        is_greedy = bool((words[:, MODE_WORD] == ARGMAX).all())
+        return is_greedy and not num_changed and not self._wants_report.take(slots).any()
+
+    def chosen(
+        self, token_ids: torch.Tensor, prompt_logprobs: list[PositionLogprobs]
+    ) -> SampledStep:
+        """As `StepSampler` says."""
+        return self._copied(token_ids.to(torch.int32), token_ids, [], [], (0, 0), prompt_logprobs)
 
     def prompt_logprobs(
         self, logits: torch.Tensor, token_ids: list[int], spec: LogprobSpec

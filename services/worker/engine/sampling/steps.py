@@ -9,7 +9,7 @@ Shapes: R rows of the step that sample, N prompt positions, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ class SampledStep:
     device_ids: torch.Tensor
     # [R]
     token_ids: torch.Tensor
-    # Rows and specs of those that report log-probabilities; None when none does.
+    # Rows and specs of those that report log-probabilities.
     logprob_rows: list[int]
     logprob_specs: list[LogprobSpec]
     logprobs: PositionLogprobs | None
@@ -61,6 +61,14 @@ class StepSampler(Protocol):
 
         `positions` are those of the sampled tokens. May overwrite `logits`.
         """
+
+    def takes_largest(self, slots: npt.NDArray[np.int32], positions: Int64Array) -> bool:
+        """Whether all that is wanted of every row is the id of its largest raw logit."""
+
+    def chosen(
+        self, token_ids: torch.Tensor, prompt_logprobs: list[PositionLogprobs]
+    ) -> SampledStep:
+        """The same for rows whose ids [R], int64, are known already."""
 
     def prompt_logprobs(
         self, logits: torch.Tensor, token_ids: list[int], spec: LogprobSpec
@@ -106,16 +114,28 @@ class TorchSampler:
         batch = self._table.batch(slots, positions)
         rows = batch.logprob_rows if reports else []
         raw_logits = logits[rows] if rows else None
-        token_ids = sample(logits, batch, self._counts)
-        logprobs = None
-        if raw_logits is not None:
-            logprobs = compute_logprobs(raw_logits, token_ids[rows], batch.logprob_specs).to_host()
+        step = self.chosen(sample(logits, batch, self._counts), prompt_logprobs)
+        if raw_logits is None:
+            return step
+        logprobs = compute_logprobs(raw_logits, step.device_ids[rows], batch.logprob_specs)
+        return replace(
+            step, logprob_rows=rows, logprob_specs=batch.logprob_specs, logprobs=logprobs.to_host()
+        )
+
+    def takes_largest(self, slots: npt.NDArray[np.int32], positions: Int64Array) -> bool:
+        """As the protocol says."""
+        return self._table.takes_largest(slots, positions)
+
+    def chosen(
+        self, token_ids: torch.Tensor, prompt_logprobs: list[PositionLogprobs]
+    ) -> SampledStep:
+        """As the protocol says."""
         return SampledStep(
             device_ids=token_ids,
             token_ids=token_ids.cpu(),
-            logprob_rows=rows,
-            logprob_specs=batch.logprob_specs,
-            logprobs=logprobs,
+            logprob_rows=[],
+            logprob_specs=[],
+            logprobs=None,
             prompt_logprobs=[each.to_host() for each in prompt_logprobs],
             is_filled=None,
         )

@@ -149,6 +149,13 @@ class SamplingTable:
             logprob_specs=[self._specs[int(slots[row])] for row in wants_logprobs],
         )
 
+    def takes_largest(self, slots: npt.NDArray[np.int32], positions: Int64Array) -> bool:
+        """Whether all that is wanted of every row is the id of its largest raw logit."""
+        fields = self._slots[slots]
+        flags = ("is_random", "is_penalised", "is_biased", "wants_logprobs")
+        barred = (positions < fields["first_stop_position"]).any()
+        return not barred and not any(fields[flag].any() for flag in flags)
+
     def _noise(self, fields: npt.NDArray[np.void], positions: Int64Array) -> NoiseRows | None:
         is_random = fields["is_random"]
         if not is_random.any():

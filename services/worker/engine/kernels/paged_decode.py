@@ -1,0 +1,265 @@
+"""Attention of rows with one token each over paged keys and values, in Triton.
+
+A row's keys are cut in parts (flash decoding: https://pytorch.org/blog/flash-decoding), one program
+for each and for the query heads that share a key/value head; the program that ends last adds the
+parts of its row up. Lengths and numbers of parts are read on the device, so a launch may be
+captured and replayed with others.
+
+Shapes: S rows, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from services.worker.engine.batch import Int32Array
+from services.worker.engine.kernels.paged_attention import (
+    HIDDEN,
+    Softmax,
+    accumulate,
+    heads_of_program,
+    load_block,
+    padded_head_dim,
+    score,
+)
+
+_MAX_PARTS = 32
+# Query heads of a program, bounded by its registers.
+_MAX_HEADS = 32
+# Parts are as long as would make so many programs for each processor.
+_PROGRAMS_PER_PROCESSOR = 1
+# Programs of a launch, most of which may find no part to do: bounds what they cost.
+_MAX_PROGRAMS = 2048
+# Numbers of the parts that a program adds up at a time, bounded by its registers.
+_MERGED_NUMBERS = 8192
+
+
+class _Tiles(NamedTuple):
+    """How a program walks over its keys: so many at a time, loaded so many stages ahead."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def _tiles(dtype: torch.dtype, heads: int, columns: int) -> _Tiles:
+    """What fits registers and shared memory, by measurement."""
+    if dtype == torch.float32:
+        return _Tiles(keys=16, warps=4, stages=2)
+    # Page ids are loaded a stage before what they lead to, so five stages hold two tiles.
+    warps = 2 if heads * columns <= 4096 else 4
+    return _Tiles(keys=64 if columns <= 128 else 32, warps=warps, stages=5)
+
+
+@triton.jit
+def _decode(
+    q, keys, values, out, rows, page_table, partial, partial_max, partial_sum, arrivals,
+    q_stride, table_stride, window, scale, soft_cap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, MERGED: tl.constexpr, HAS_CAP: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    lane, row, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(rows + row * 3)
+    length = tl.load(rows + row * 3 + 1).to(tl.int32) + 1
+    wanted_parts = tl.load(rows + row * 3 + 2).to(tl.int32)
+    first = tl.maximum(length - window, 0)
+    first_block = first // BLOCK_N
+    num_blocks = tl.cdiv(length, BLOCK_N) - first_block
+    blocks_per_part = tl.cdiv(num_blocks, wanted_parts)
+    num_parts = tl.cdiv(num_blocks, blocks_per_part)
+    if part >= num_parts:
+        return
+    head_blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = lane // head_blocks
+    in_group = lane % head_blocks * HEADS + tl.arange(0, BLOCK_H)
+    is_head = (tl.arange(0, BLOCK_H) < HEADS) & (in_group < GROUP)
+    heads = kv_head * GROUP + in_group
+    columns = tl.arange(0, BLOCK_D)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    queries = tl.load(
+        q + row.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + columns[None, :],
+        is_head[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    table = page_table + slot * table_stride
+    top = tl.full([BLOCK_H], HIDDEN, tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    start = first_block + part * blocks_per_part
+    stop = tl.minimum(start + blocks_per_part, first_block + num_blocks)
+    for block in range(start, stop):
+        positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        visible = (positions >= first) & (positions < length)
+        k = load_block(
+            keys, table, positions, kv_head, visible, queries.dtype, KV_HEADS, HEAD_DIM, BLOCK_D,
+            PAGE, MASKED=True,
+        )  # fmt: skip
+        v = load_block(
+            values, table, positions, kv_head, visible, queries.dtype, KV_HEADS, HEAD_DIM, BLOCK_D,
+            PAGE, MASKED=True,
+        )  # fmt: skip
+        scores = score(queries, k, scale, soft_cap, HAS_CAP)
+        scores = tl.where(visible[None, :], scores, HIDDEN)
+        acc, total, top = accumulate(acc, total, top, scores, v, WEIGHT_PARTS)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+    target = out + row.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM)
+    if num_parts == 1:
+        tl.store(
+            target + heads[:, None] * HEAD_DIM + columns[None, :],
+            (acc / total[:, None]).to(out.dtype.element_ty),
+            is_head[:, None] & (columns < HEAD_DIM)[None, :],
+        )
+        return
+    num_lanes: tl.constexpr = KV_HEADS * head_blocks
+    first_part = (row * num_lanes + lane) * PARTS
+    in_part = tl.arange(0, BLOCK_H)
+    held = in_part < BLOCK_G
+    place = (first_part + part) * BLOCK_G + in_part
+    tl.store(partial_max + place, top, held)
+    tl.store(partial_sum + place, total, held)
+    tl.store(partial + place[:, None] * BLOCK_D + columns[None, :], acc, held[:, None])
+    # All threads have stored before one of them counts the program; the count orders the stores
+    # before the loads of the program that counts last.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals + row * num_lanes + lane, 1, sem="acq_rel")
+    if arrived == num_parts - 1:
+        tl.store(arrivals + row * num_lanes + lane, 0)
+        _merge(
+            target, partial, partial_max, partial_sum, first_part, num_parts,
+            kv_head * GROUP + lane % head_blocks * HEADS,
+            tl.minimum(HEADS, GROUP - lane % head_blocks * HEADS),
+            HEAD_DIM, PARTS, BLOCK_G, BLOCK_D, MERGED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    target, partial, partial_max, partial_sum, first_part, num_parts, first_head, num_heads,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """The parts of one row's group of heads, MERGED at a time."""
+    heads, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    parts = tl.arange(0, PARTS)
+    places = (first_part + parts)[:, None] * BLOCK_G + heads[None, :]
+    exists = (parts < num_parts)[:, None]
+    tops = tl.load(partial_max + places, exists, other=HIDDEN, cache_modifier=".cg")
+    sums = tl.load(partial_sum + places, exists, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    total = tl.sum(sums * tl.exp2(tops - top[None, :]), 0)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for done in range(0, num_parts, MERGED):
+        parts_here = done + tl.arange(0, MERGED)
+        places_here = (first_part + parts_here)[:, None] * BLOCK_G + heads[None, :]
+        exists_here = (parts_here < num_parts)[:, None]
+        tops_here = tl.load(
+            partial_max + places_here, exists_here, other=HIDDEN, cache_modifier=".cg"
+        )
+        sums_here = tl.load(
+            partial + places_here[:, :, None] * BLOCK_D + columns[None, None, :],
+            exists_here[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        acc += tl.sum(sums_here * tl.exp2(tops_here - top[None, :])[:, :, None], 0)
+    tl.store(
+        target + (first_head + heads)[:, None] * HEAD_DIM + columns[None, :],
+        (acc / total[:, None]).to(target.dtype.element_ty),
+        (heads < num_heads)[:, None] & (columns < HEAD_DIM)[None, :],
+    )
+
+
+class PagedDecode:
+    """Owns the parts' sums and the count of ended programs; launches the kernel for one shape.
+
+    The count is zero between launches: the program that ends last sets it back.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        max_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_parts: int,
+    ) -> None:
+        group = num_heads // num_kv_heads
+        heads = heads_of_program(group, _MAX_HEADS)
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._num_lanes = num_kv_heads * triton.cdiv(group, heads)
+        self._page_size = page_size
+        self._weight_parts = weight_parts
+        self._overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self._processors = 1
+        if device.type == "cuda":
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._heads, self._block_g = heads, triton.next_power_of_2(heads)
+        most_parts = max(rows * self._most_parts(rows) for rows in range(1, max_rows + 1))
+        size = most_parts * self._num_lanes * self._block_g
+        columns = padded_head_dim(head_dim)
+        self._block_h = max(16, self._block_g)
+        self._tiles = _tiles(dtype, self._block_h, columns)
+        self._sums = torch.empty(size * columns, dtype=torch.float32, device=device)
+        self._maxima = torch.empty(size, dtype=torch.float32, device=device)
+        self._totals = torch.empty(size, dtype=torch.float32, device=device)
+        self._arrivals = torch.zeros(max_rows * self._num_lanes, dtype=torch.int32, device=device)
+
+    def list_rows(self, slots: Int32Array, positions: Int32Array) -> npt.NDArray[np.int64]:
+        """[S] rows of the page table and positions of the tokens -> [S, 3] rows for `run`.
+
+        The third number is into how many parts a row's keys are cut: parts of all rows are about
+        as long, so that one long row does not outlast the others.
+        """
+        lengths = positions.astype(np.int64) + 1
+        programs = _PROGRAMS_PER_PROCESSOR * self._processors
+        keys = max(int(lengths.sum()) * self._num_lanes // programs, self._tiles.keys)
+        num_parts = np.minimum(-(-lengths // keys), self._most_parts(len(slots)))
+        return np.stack([slots, positions, num_parts], 1)
+
+    def _most_parts(self, num_rows: int) -> int:
+        """Of a row, in a launch of so many rows: a power of two."""
+        wanted = _MAX_PROGRAMS // (max(num_rows, 1) * self._num_lanes)
+        return 1 << (min(max(wanted, 1), _MAX_PARTS).bit_length() - 1)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        page_table: torch.Tensor,
+        softmax: Softmax,
+    ) -> None:
+        """q and out [S, H, D], keys and values [pages, page size, K, D], rows [S, 3] int64.
+
+        The rows are those of `list_rows`, on the device.
+        """
+        num_rows, head_dim = len(rows), self._head_dim
+        parts = self._most_parts(num_rows)
+        columns = padded_head_dim(head_dim)
+        tiles = self._tiles
+        options = {"launch_pdl": True} if self._overlaps else {}
+        _decode[(self._num_lanes, num_rows, parts)](
+            q, keys, values, out, rows, page_table, self._sums, self._maxima, self._totals,
+            self._arrivals, q.stride(0), page_table.stride(0), softmax.window, softmax.scale,
+            softmax.soft_cap, KV_HEADS=self._num_kv_heads,
+            GROUP=self._num_heads // self._num_kv_heads, HEADS=self._heads, HEAD_DIM=head_dim,
+            PAGE=self._page_size, PARTS=parts,
+            BLOCK_N=tiles.keys, BLOCK_H=self._block_h, BLOCK_G=self._block_g,
+            BLOCK_D=columns,
+            MERGED=max(1, min(parts, _MERGED_NUMBERS // (self._block_g * columns))),
+            HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,
+            OVERLAPS=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages, **options,
+        )  # fmt: skip
