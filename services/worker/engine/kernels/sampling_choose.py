@@ -14,8 +14,8 @@ defines it; the same symbols here). The threshold is found without sorting the r
   than the wanted mass and are fewer than k. If not, it and all below it are out, and the next is
   drawn (Gumbel-max: the argmax over what is left). The token is the one that the threshold gives.
 
-The wanted mass of an open top-p, and what weighed rows hold, are float32 sums, good to 1e-6: only a token
-whose cumulative mass is so near to `top_p` can be kept here and not by the reference, or the
+The wanted mass of an open top-p, and what weighed rows hold, are float32 sums, good to 1e-6: only a
+token whose cumulative mass is so near to `top_p` can be kept here and not by the reference, or the
 other way round. All else is exact.
 
 Shapes: J jobs, R of them rows that sample, P parts, U tiles, G groups, C candidates.
