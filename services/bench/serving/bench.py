@@ -39,7 +39,7 @@ def bench_serving(config: ServingConfig) -> None:
     try:
         model, identity = asyncio.run(_meet(config))
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise ServerError(f"{config.base_url} does not answer: {error}") from error
+        raise _no_answer(config, error) from error
     workload = config.flags.resolve()
     target = Target(
         base_url=config.base_url.rstrip("/"),
@@ -82,6 +82,8 @@ def _run_all(
             bar.close()
     except ClientLostError as error:
         raise ServerError(str(error)) from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise _no_answer(config, error) from error
     return runs
 
 
@@ -141,6 +143,11 @@ async def _flush(config: ServingConfig) -> None:
                 if response.status == 200:
                     return
     raise ServerError(f"the cache cannot be flushed: none of {', '.join(_FLUSH_PATHS)} answers 200")
+
+
+def _no_answer(config: ServingConfig, error: Exception) -> ServerError:
+    # A timeout has no text.
+    return ServerError(f"{config.base_url} does not answer: {str(error) or type(error).__name__}")
 
 
 def _name(config: ServingConfig, identity: dict[str, Any]) -> str:
