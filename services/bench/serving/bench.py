@@ -22,6 +22,7 @@ from services.bench.serving.report import RunFigures, format_report, headlines, 
 from services.bench.workloads import Workload
 
 _CONTROL_TIMEOUT_S = 30.0
+_MAX_REASON_CHARS = 200
 _WARMUP_SEED = 99
 _MAX_WARMUP_OUTPUT = 64
 # What servers answer that say who they are, in the order they are asked.
@@ -146,8 +147,9 @@ async def _flush(config: ServingConfig) -> None:
 
 
 def _no_answer(config: ServingConfig, error: Exception) -> ServerError:
-    # A timeout has no text.
-    return ServerError(f"{config.base_url} does not answer: {str(error) or type(error).__name__}")
+    # A timeout has no text; what a server says that speaks something else has many lines.
+    reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
+    return ServerError(f"{config.base_url} does not answer: {reason}")
 
 
 def _name(config: ServingConfig, identity: dict[str, Any]) -> str:

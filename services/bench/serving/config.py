@@ -76,6 +76,8 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
+        if self.base_url.rstrip("/").endswith("/v1"):
+            raise ValueError(f"base_url is without /v1, got {self.base_url!r}")
         _check_host(self.base_url)
         for name in ("request_rate", "timeout_s"):
             value = getattr(self, name)
