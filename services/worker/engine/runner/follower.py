@@ -127,7 +127,7 @@ def _serve(channel: Channel, spec: FollowerSpec, start: RankStart, options: Engi
     free = memory_at_start(device)
     model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
     budget = pool_budget(model, options, group, device=device, free_at_start=free)
-    channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget)))
+    channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget.num_bytes)))
     kind, payload = channel.receive()
     if kind is Kind.READY:
         plan = msgspec.json.decode(payload, type=EnginePlan)

@@ -100,11 +100,6 @@ def decide_max_running(options: EngineOptions, device_bytes: int) -> int:
     return _MAX_RUNNING if device_bytes < _LARGE_DEVICE_BYTES else _MAX_RUNNING_LARGE
 
 
-def device_memory(device: torch.device) -> int:
-    """A GPU's whole memory in bytes; 0 for CPUs."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-
-
 def check_tp_size(tp_size: int, config: ModelConfig) -> None:
     """Raises ValueError when the model cannot be divided among so many ranks."""
     if tp_size < 1:
