@@ -22,6 +22,7 @@ from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.memory import (
     MemoryUse,
     ModelTooLargeError,
+    check_host,
     free_memory,
     gib,
     host_pool_bytes,
@@ -81,9 +82,14 @@ def pool_budget(
     """Room for one rank's pages beside a loaded model and the steps it is to run.
 
     All ranks call it together. Raises ModelTooLargeError when a step, one sequence of the full
-    context length or the number of pages asked for does not fit a GPU.
+    context length or the number of pages asked for does not fit a GPU, or the latter a host.
     """
     if device.type == "cpu":
+        if options.num_pages is not None:
+            num_tokens = options.num_pages * options.page_size
+            per_page = rank_page_bytes(options, model.config, device) * options.ranks_per_node
+            what = f"the {num_tokens} tokens of --max-total-tokens take"
+            check_host(options.num_pages * per_page, what)
         fraction = options.mem_fraction_static or _HOST_FRACTION
         return PoolBudget(host_pool_bytes(fraction, options.ranks_per_node), 0)
     per_page = rank_page_bytes(options, model.config, device)

@@ -262,7 +262,7 @@ def load_model(
     """This rank's shard with its weights.
 
     Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
-    when a GPU cannot hold it.
+    when the device cannot hold it.
     """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
@@ -276,11 +276,11 @@ def load_model(
     placement = Placement(device, getattr(torch, dtype), group, fp8)
     placement.compiled = compiled_kernels(options, device, placement.dtype)
     context_length = decide_context_length(options, config)
-    if device.type == "cuda":
-        # Without making them: a model of that device is shapes alone.
-        outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
-        Decoder(config, context_length, outline)
-        check_weights(options, outline.num_bytes, device)
+    # Without making them: a model of that device is shapes alone.
+    outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
+    Decoder(config, context_length, outline)
+    num_ranks = options.ranks_per_node if device.type == "cpu" else 1
+    check_weights(options, outline.num_bytes * num_ranks, device)
     model = Decoder(config, context_length, placement)
     if device.type == "cpu":
         threads = decide_num_threads(
