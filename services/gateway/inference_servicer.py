@@ -71,7 +71,7 @@ class InferenceServicer(InferenceServiceServicer):
         (prompt,) = await pipeline.prepare(pipeline.control.table.model(request.model), [spec])
         queue = PieceQueue()
         generation = Generation(pipeline, prompt, queue, arrival_s)
-        pipeline.admit(1)
+        pipeline.inflight.admit(1, spec.tenant)
         # Cancelling the call cancels this coroutine, and with it the run.
         work = asyncio.create_task(generation.run())
         writing = asyncio.create_task(_write_pieces(generation, queue, context))
@@ -95,7 +95,7 @@ class InferenceServicer(InferenceServiceServicer):
             for task in (work, writing):
                 task.cancel()
             await asyncio.gather(work, writing, return_exceptions=True)
-            pipeline.leave(1)
+            pipeline.inflight.leave(1, spec.tenant)
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]

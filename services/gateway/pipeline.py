@@ -20,7 +20,6 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import Placement, RequestOutcome
 from services.common.errors import (
     DeadlineError,
     InvalidRequestError,
-    OverloadedError,
     RhizomeError,
     SessionBrokenError,
     UnavailableError,
@@ -35,6 +34,7 @@ from services.gateway.generation import (
     LogprobRows,
     Prompt,
 )
+from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import (
     check_names,
@@ -79,8 +79,7 @@ class Pipeline:
         self.tokenizers = tokenizers
         self.workers = workers
         self.metrics = metrics
-        self.num_inflight = 0
-        self._max_inflight = max_inflight_requests
+        self.inflight = InflightPrompts(max_inflight_requests, metrics)
 
     @property
     def ready(self) -> bool:
@@ -131,17 +130,6 @@ class Pipeline:
         for prompt in prepared:
             fit_context(prompt, model)
         return prepared
-
-    def admit(self, num_prompts: int) -> None:
-        """Count prompts in; each leaves when its generation's run ends."""
-        if self.num_inflight + num_prompts > self._max_inflight:
-            raise OverloadedError("the gateway is serving as many requests as it may")
-        self.num_inflight += num_prompts
-        self.metrics.inflight.set(self.num_inflight)
-
-    def leave(self, num_prompts: int) -> None:
-        self.num_inflight -= num_prompts
-        self.metrics.inflight.set(self.num_inflight)
 
 
 class Generation:

@@ -66,9 +66,6 @@ class SchedulerMetrics:
         self.worker_failures = self._counter(
             "worker_failures", "Failures of workers that breakers counted"
         )
-        self.held = self._counter(
-            "placements_held", "Times a request began to wait for a prefill that is under way"
-        )
         self.queue_seconds = Histogram(
             f"{_PREFIX}queue_seconds",
             "Time from arrival to placement, by priority class",

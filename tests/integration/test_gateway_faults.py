@@ -175,7 +175,7 @@ async def test_a_disconnect_cancels_the_sequences() -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             await until(lambda: worker.num_cancels == 2 and worker.num_live == 0)
-            await until(lambda: stack.pipeline.num_inflight == 0)
+            await until(lambda: stack.pipeline.inflight.num_prompts == 0)
 
 
 async def test_a_reader_that_stops_is_cut_off_and_others_are_not_held_up() -> None:
@@ -197,7 +197,7 @@ async def test_a_reader_that_stops_is_cut_off_and_others_are_not_held_up() -> No
         assert text_of((await chat(stack)).text) == ANSWER
         await until(lambda: stack.workers[0].num_cancels == 8 and stack.workers[0].num_live == 0)
         slow.close()
-        await until(lambda: stack.pipeline.num_inflight == 0)
+        await until(lambda: stack.pipeline.inflight.num_prompts == 0)
 
 
 async def test_silent_streams_get_comments_while_they_wait() -> None:
@@ -238,7 +238,7 @@ async def test_a_refused_stream_with_log_probabilities_leaves_nothing_unawaited(
         async with httpx.AsyncClient(base_url=stack.url) as http:
             assert (await http.post("/v1/completions", json=body)).status_code == 429
         gc.collect()
-        assert stack.pipeline.num_inflight == 0
+        assert stack.pipeline.inflight.num_prompts == 0
 
 
 async def test_requests_flow_without_a_scheduler() -> None:
@@ -366,4 +366,4 @@ async def test_many_streams_half_of_them_cut_leave_nothing() -> None:
         for reply in await asyncio.gather(*tasks[len(cut) :]):
             assert text_of(reply.text) == ANSWER
         await until(lambda: sum(w.num_live for w in stack.workers) == 0)
-        await until(lambda: stack.pipeline.num_inflight == 0)
+        await until(lambda: stack.pipeline.inflight.num_prompts == 0)
