@@ -264,9 +264,12 @@ class Placer:
                 ticket.workerless_since = now
             return _Attempt.NO_WORKER
         ticket.workerless_since = None
-        candidates = allowed if self._policy.waits else with_room(request, allowed)
+        candidates = with_room(request, allowed)
         if not candidates:
+            # Nobody is asked what to wait for: in an overload that would be all that is done.
             return _Attempt.NO_ROOM
+        if self._policy.waits:
+            candidates = allowed
         if request.is_suspect:
             # Workers that it kills with another suspect would say nothing about either.
             candidates = [

@@ -94,8 +94,14 @@ class _Lane:
     def newest(self) -> Ticket:
         return self._entries[-1][2]
 
-    def first(self, passed_over: Container[Ticket]) -> Ticket | None:
-        return next((ticket for ticket in self if ticket not in passed_over), None)
+    def first(self, passed_over: Container[Ticket]) -> tuple[Ticket | None, float]:
+        """The first one that is not passed over, and the work of those before it that are."""
+        work = 0.0
+        for ticket in self:
+            if ticket not in passed_over:
+                return ticket, work
+            work += ticket.work
+        return None, work
 
     def add(self, ticket: Ticket, number: int) -> None:
         insort(self._entries, (ticket.arrival, number, ticket))
@@ -168,7 +174,7 @@ class PoolQueue:
         return {priority: len(cls) for priority, cls in self._classes.items()}
 
     def first(self, passed_over: Container[Ticket] = ()) -> Ticket | None:
-        """Whose turn it is, but for those `passed_over`."""
+        """Whose turn it is, but for those `passed_over`, which count as if they had had theirs."""
         starving = [
             cls for cls in self._classes.values() if cls.num_passed_over >= _MAX_PASSED_OVER
         ]
@@ -292,19 +298,19 @@ class PoolQueue:
         return max(gaps)
 
     def _first_of(self, cls: _PriorityClass, passed_over: Container[Ticket]) -> Ticket | None:
-        first = cls.replays.first(passed_over)
+        first, _ = cls.replays.first(passed_over)
         if first is not None:
             return first
-        counter = self._ledger.counter
+        ledger = self._ledger
         if len(cls.lanes) == 1:
             (lane,) = cls.lanes.values()
-            return lane.first(passed_over)
+            return lane.first(passed_over)[0]
         best: tuple[float, float] | None = None
         for account, lane in cls.lanes.items():
-            ticket = lane.first(passed_over)
+            ticket, work = lane.first(passed_over)
             if ticket is None:
                 continue
-            key = counter(account), ticket.arrival
+            key = ledger.counter(account) + work / ledger.weight(account), ticket.arrival
             if best is None or key < best:
                 best, first = key, ticket
         return first
