@@ -11,6 +11,7 @@ from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
+from services.scheduler.policy import Policy
 from services.scheduler.pools import Pool, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
@@ -88,7 +89,10 @@ class Scheduler:
 
 
 def make_scheduler(
-    max_queued: int = 4, max_wait_s: float | None = None, tenants: TenantSet | None = None
+    max_queued: int = 4,
+    max_wait_s: float | None = None,
+    tenants: TenantSet | None = None,
+    policy: Policy | None = None,
 ) -> Scheduler:
     clock, pools, metrics = Clock(), PoolSet(), SchedulerMetrics()
     rng = random.Random(1)
@@ -96,7 +100,7 @@ def make_scheduler(
     placer = Placer(
         table,
         pools,
-        make_policy("prefix_load", rng),
+        policy or make_policy("prefix_load", rng),
         ReservationBook(table, rng),
         PredictionOverlay(clock()),
         metrics,

@@ -1,13 +1,15 @@
 """Who is refused, and when: bounds of the queue, predicted waits, retry hints."""
 
 from collections import deque
+from collections.abc import Sequence
 
 import pytest
 
 from services.common.errors import OverloadedError
+from services.scheduler.policy import Policy, Query
 from services.scheduler.queue import Ticket
 from services.scheduler.tenants import TenantPolicy, TenantSet
-from services.scheduler.views import Load
+from services.scheduler.views import Load, WorkerView
 from tests.unit.scheduler.scheduler import Scheduler, make_scheduler
 
 FULL = Load(num_free_pages=0, num_running=64)
@@ -160,3 +162,24 @@ def test_service_is_counted_for_listed_tenants() -> None:
     value = scheduler.metrics.value
     for label in ("a", "other", "none"):
         assert value("tenant_service_total", tenant=label) == 1020.0
+
+
+def test_a_full_pool_is_not_asked_who_could_wait_for_what() -> None:
+    """In an overload that would be done for many requests with every load report."""
+    num_asked = 0
+
+    def ask(query: Query, workers: Sequence[WorkerView], costs: Sequence[float]) -> int:
+        nonlocal num_asked
+        num_asked += 1
+        return 0
+
+    scheduler = make_scheduler(max_queued=100, policy=Policy("p", (), ask, waits=True))
+    registration = scheduler.register("a")
+    scheduler.placer.report_load(registration, FULL)
+    for index in range(50):
+        scheduler.schedule(f"r{index}")
+        scheduler.clock.advance(0.1)
+        scheduler.placer.report_load(registration, FULL)
+    assert num_asked == 0
+    scheduler.placer.report_load(registration, ROOM_FOR_ONE)
+    assert scheduler.placer.num_queued == 49
