@@ -60,7 +60,7 @@ async def test_a_rank_lost_in_a_step_fails_requests_with_a_retryable_status(
             other_rank(worker).send_signal(number)
             await client.ended()
             assert received.error is not None
-            assert received.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert received.error.code == grpc.StatusCode.ABORTED.value[0]
         assert await asyncio.to_thread(worker.wait, END_S) == 4
     finally:
         worker.close()

@@ -198,4 +198,4 @@ async def _kill_in_a_step(worker: WorkerProcess, rank: psutil.Process) -> None:
         rank.kill()
         await client.ended()
         assert received.error is not None
-        assert received.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert received.error.code == grpc.StatusCode.ABORTED.value[0]
