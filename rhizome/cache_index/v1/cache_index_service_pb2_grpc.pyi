@@ -41,6 +41,10 @@ class CacheIndexServiceStub:
     each worker holds. Workers that hold none are left out. A chain nobody
     knows gives an empty result, not an error.
     """
+    MatchMany: _grpc.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]
+    """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+    all questions and answers each, in order.
+    """
     GetIndexStatus: _grpc.UnaryUnaryMultiCallable[_cache_index_service_pb2.GetIndexStatusRequest, _cache_index_service_pb2.GetIndexStatusResponse]
     """GetIndexStatus tells how far each follower is and how much it holds."""
 
@@ -56,6 +60,10 @@ class CacheIndexServiceAsyncStub(CacheIndexServiceStub):
     """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
     each worker holds. Workers that hold none are left out. A chain nobody
     knows gives an empty result, not an error.
+    """
+    MatchMany: _aio.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]  # type: ignore[assignment]
+    """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+    all questions and answers each, in order.
     """
     GetIndexStatus: _aio.UnaryUnaryMultiCallable[_cache_index_service_pb2.GetIndexStatusRequest, _cache_index_service_pb2.GetIndexStatusResponse]  # type: ignore[assignment]
     """GetIndexStatus tells how far each follower is and how much it holds."""
@@ -75,6 +83,16 @@ class CacheIndexServiceServicer(metaclass=_abc_1.ABCMeta):
         """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
         each worker holds. Workers that hold none are left out. A chain nobody
         knows gives an empty result, not an error.
+        """
+
+    @_abc_1.abstractmethod
+    def MatchMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_cache_index_service_pb2.MatchManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_index_service_pb2.MatchManyResponse], _abc.AsyncIterator[_cache_index_service_pb2.MatchManyResponse]]:
+        """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+        all questions and answers each, in order.
         """
 
     @_abc_1.abstractmethod
