@@ -129,6 +129,16 @@ class FakeIndex(index_pb_grpc.CacheIndexServiceServicer):
             matches=[self._match(chain.prefix_hashes) for chain in request.chains]
         )
 
+    async def MatchMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        async for request in request_iterator:
+            self.num_questions += 1
+            self.num_chains += len(request.chains)
+            if not self.hangs:
+                matches = [self._match(chain.prefix_hashes) for chain in request.chains]
+                await context.write(
+                    index_pb.MatchManyResponse(number=request.number, matches=matches)
+                )
+
     def _match(self, prefix_hashes: Sequence[int]) -> index_pb.ChainMatch:
         held = self.pages.get(prefix_hashes[0], {})
         pages = list(held.values())
