@@ -61,7 +61,7 @@ class CacheIndexServicer(CacheIndexServiceServicer):
                 host_pages=columns.host_pages,
                 remote_pages=columns.remote_pages,
             )
-            for columns in map(match, [list(chain.prefix_hashes) for chain in chains])
+            for columns in [match(chain.prefix_hashes) for chain in chains]
         ]
 
 

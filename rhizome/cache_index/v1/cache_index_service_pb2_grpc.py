@@ -63,7 +63,8 @@ class CacheIndexServiceServicer:
     def MatchPrefix(self, request, context):
         """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
         each worker holds. Workers that hold none are left out. A chain nobody
-        knows gives an empty result, not an error.
+        knows gives an empty result, not an error. Where holdings end at many depths,
+        the deepest counts are exact, and others may be short by 1/16 of the chain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

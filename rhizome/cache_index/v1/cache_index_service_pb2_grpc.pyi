@@ -39,7 +39,8 @@ class CacheIndexServiceStub:
     MatchPrefix: _grpc.UnaryUnaryMultiCallable[_cache_index_service_pb2.MatchPrefixRequest, _cache_index_service_pb2.MatchPrefixResponse]
     """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
     each worker holds. Workers that hold none are left out. A chain nobody
-    knows gives an empty result, not an error.
+    knows gives an empty result, not an error. Where holdings end at many depths,
+    the deepest counts are exact, and others may be short by 1/16 of the chain.
     """
     MatchMany: _grpc.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]
     """MatchMany is MatchPrefix for callers that ask all the time: one call carries
@@ -59,7 +60,8 @@ class CacheIndexServiceAsyncStub(CacheIndexServiceStub):
     MatchPrefix: _aio.UnaryUnaryMultiCallable[_cache_index_service_pb2.MatchPrefixRequest, _cache_index_service_pb2.MatchPrefixResponse]  # type: ignore[assignment]
     """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
     each worker holds. Workers that hold none are left out. A chain nobody
-    knows gives an empty result, not an error.
+    knows gives an empty result, not an error. Where holdings end at many depths,
+    the deepest counts are exact, and others may be short by 1/16 of the chain.
     """
     MatchMany: _aio.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]  # type: ignore[assignment]
     """MatchMany is MatchPrefix for callers that ask all the time: one call carries
@@ -82,7 +84,8 @@ class CacheIndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cache_index_service_pb2.MatchPrefixResponse, _abc.Awaitable[_cache_index_service_pb2.MatchPrefixResponse]]:
         """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
         each worker holds. Workers that hold none are left out. A chain nobody
-        knows gives an empty result, not an error.
+        knows gives an empty result, not an error. Where holdings end at many depths,
+        the deepest counts are exact, and others may be short by 1/16 of the chain.
         """
 
     @_abc_1.abstractmethod
