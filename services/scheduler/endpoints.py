@@ -107,6 +107,9 @@ class WorkerTable:
     def has_workers(self, pool: Pool) -> bool:
         return bool(self._views.get(pool))
 
+    def num_workers(self, pool: Pool) -> int:
+        return len(self._views.get(pool, ()))
+
     def limits(self, pool: Pool) -> PoolLimits:
         """Of its last workers while it is empty."""
         return self._limits.get(pool, PoolLimits(0, 0, 0))

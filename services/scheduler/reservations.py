@@ -93,6 +93,16 @@ class ReservationBook:
         self._table.add_charge(worker, charge)
         return reservation
 
+    def correct(self, reservation: Reservation, charge: Charge, cached_tokens: int) -> None:
+        """A better prediction came; without effect once the reservation has ended."""
+        if reservation.reservation_id not in self._live:
+            return
+        if reservation.charged:
+            self._table.remove_charge(reservation.worker, reservation.charge)
+            self._table.add_charge(reservation.worker, charge)
+        reservation.charge = charge
+        reservation.predicted_cached_tokens = cached_tokens
+
     def admit(self, worker: Worker, reservation_ids: Iterable[int]) -> Charge:
         """The worker's report includes these; returns the charge to take off with it."""
         total = NO_CHARGE

@@ -137,9 +137,11 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         ticket, is_new = self._placer.open_ticket(
             request, wire.remaining_s(message), wire.age_s(message, time.time())
         )
+        # With one worker the index could change what is charged, but not the answer.
+        ask_first = is_new and self._placer.has_choice(ticket)
         try:
             if is_new:
-                self._placer.enqueue(ticket, await self._match(request))
+                self._placer.enqueue(ticket, await self._match(request) if ask_first else ())
             if not ticket.is_settled:
                 await self._wait(ticket, answer)
             if ticket.error is not None:
@@ -149,6 +151,8 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
             # stands; one that never arrives expires unadmitted.
             ticket.is_delivered = True
             await answer(wire.placed_response(ticket.reservation))
+            if is_new and not ask_first:
+                self._placer.correct(ticket, await self._match(request))
         finally:
             self._placer.leave(ticket)
 

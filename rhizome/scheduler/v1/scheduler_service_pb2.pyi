@@ -180,7 +180,9 @@ class Placement(_message.Message):
     reservation_id: _builtins.int
     """Travels in the worker's submit; never 0."""
     predicted_cached_tokens: _builtins.int
-    """Prompt tokens the scheduler expects to be cached there."""
+    """Prompt tokens the scheduler expects to be cached there; of the only worker of
+    a pool, those it knows of without asking the index.
+    """
     policy: _builtins.str
     """Policy and the branch it took, for traces and metrics."""
     @_builtins.property
