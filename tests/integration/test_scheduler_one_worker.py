@@ -1,5 +1,7 @@
 """A pool with one worker: nobody waits for the index, and its answer still counts."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
@@ -28,20 +30,20 @@ class Fixture:
     stub: pb_grpc.SchedulerServiceAsyncStub
     session: ScheduleSession
 
-    async def place(self, name: str) -> pb.Placement:
-        request = pb.ScheduleRequest(
-            request_id=name,
-            model="model",
-            prefix_hashes=list(range(1, NUM_PAGES + 1)),
-            num_prompt_tokens=NUM_PAGES * PAGE_SIZE + 1,
-        )
-        return await self.session.place(request)
-
     async def end(self, placed: pb.Placement) -> float:
         """Report the placement's end; returns all cached tokens that were predicted."""
         outcome = pb.RequestOutcome(reservation_id=placed.reservation_id)
         await self.stub.ReportRequests(pb.ReportRequestsRequest(outcomes=[outcome]))
         return self.scheduler.metrics.value("predicted_cached_tokens_total")
+
+
+def _request(name: str) -> pb.ScheduleRequest:
+    return pb.ScheduleRequest(
+        request_id=name,
+        model="model",
+        prefix_hashes=list(range(1, NUM_PAGES + 1)),
+        num_prompt_tokens=NUM_PAGES * PAGE_SIZE + 1,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -71,20 +73,18 @@ async def test_the_only_worker_is_answered_before_the_index_answers() -> None:
     async with system(1) as s:
         s.index.hangs = True
         async with asyncio.timeout(4):
-            assert (await s.place("r")).worker_id == "w0"
+            assert (await s.session.place(_request("r"))).worker_id == "w0"
 
 
 async def test_what_the_index_says_later_corrects_the_prediction() -> None:
     async with system(1) as s:
-        placed = await s.place("r")
-        assert placed.predicted_cached_tokens == 0
-        while s.index.num_chains == 0:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
-        assert await s.end(placed) == 4 * PAGE_SIZE
+        # A call of its own ends when nothing is left to be learned.
+        [response] = [response async for response in s.stub.Schedule(_request("r"))]
+        assert response.placed.predicted_cached_tokens == 0
+        assert await s.end(response.placed) == 4 * PAGE_SIZE
 
 
 async def test_with_two_workers_the_index_is_asked_first() -> None:
     async with system(2) as s:
-        placed = await s.place("r")
+        placed = await s.session.place(_request("r"))
         assert (placed.worker_id, placed.predicted_cached_tokens) == ("w0", 4 * PAGE_SIZE)
