@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import uvloop
@@ -44,6 +44,7 @@ from rhizome.worker.v1 import (
     worker_service_pb2 as worker_pb,
     worker_service_pb2_grpc as worker_pb_grpc,
 )
+from services.common.errors import RhizomeError, error_from_rpc
 from services.common.rpc import open_channel, running_server
 from services.gateway.schedule_session import ScheduleSession
 
@@ -106,24 +107,33 @@ async def run(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
 
 
+class Taken(NamedTuple):
+    """What a load saw: seconds of each placement, how many expected a match, how many failed."""
+
+    latencies: list[float]
+    num_matched: int
+    num_failed: int
+
+
 class Meters:
     """What a load took: latencies, and CPU time by process."""
 
     def __init__(self, scheduler: psutil.Process, index: psutil.Process | None) -> None:
         self._processes = {"scheduler": scheduler, "index": index, "callers": psutil.Process()}
 
-    async def of(self, load: Awaitable[tuple[list[float], int]]) -> dict[str, Any]:
+    async def of(self, load: Awaitable[Taken]) -> dict[str, Any]:
         before = {name: cpu_s(process) for name, process in self._processes.items()}
         start = time.perf_counter()
-        latencies, num_matched = await load
+        taken = await load
         elapsed = time.perf_counter() - start
-        latencies.sort()
+        latencies = sorted(taken.latencies)
         count = len(latencies)
         return {
             "calls_per_s": round(count / elapsed),
             "p50_ms": round(latencies[count // 2] * 1e3, 3),
             "p99_ms": round(latencies[count * 99 // 100] * 1e3, 3),
-            "share_with_a_match": round(num_matched / count, 3),
+            "failed": taken.num_failed,
+            "share_with_a_match": round(taken.num_matched / count, 3),
             **{
                 f"{name}_cpu_us_per_call": round((cpu_s(process) - before[name]) / count * 1e6)
                 for name, process in self._processes.items()
@@ -150,9 +160,10 @@ class Load:
         self._placements: list[pb.Placement] = []
         self._latencies: list[float] = []
         self._num_matched = 0
+        self._num_failed = 0
         self._run_id = f"{time.monotonic_ns()}"
 
-    async def closed_loop(self, num_callers: int, seconds: float) -> tuple[list[float], int]:
+    async def closed_loop(self, num_callers: int, seconds: float) -> Taken:
         """Callers that ask again as soon as they are answered."""
         end = time.perf_counter() + seconds
 
@@ -164,7 +175,7 @@ class Load:
             await asyncio.gather(*(caller() for _ in range(num_callers)))
         return self._taken()
 
-    async def open_loop(self, rate: float, seconds: float) -> tuple[list[float], int]:
+    async def open_loop(self, rate: float, seconds: float) -> Taken:
         """Requests that come when they are due, whatever became of those before."""
         rng = random.Random(3)
         due = start = time.perf_counter()
@@ -183,24 +194,31 @@ class Load:
         message = self._messages[self._position % len(self._messages)]
         message.request_id = f"{self._run_id}-{self._position}"
         self._position += 1
-        placed = await self._place(message)
+        try:
+            placed = await self._place(message)
+        except RhizomeError:
+            self._num_failed += 1
+            return
         self._latencies.append(time.perf_counter() - start)
         self._placements.append(placed)
         self._num_matched += placed.predicted_cached_tokens > 0
 
     async def _place_alone(self, message: pb.ScheduleRequest) -> pb.Placement:
         call = self._stub.Schedule(message)
-        while not (response := await call.read()).HasField("placed"):
-            pass
+        try:
+            while not (response := await call.read()).HasField("placed"):
+                pass
+        except aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
         # The end of the stream is not worth waiting for.
         call.cancel()
         placed: pb.Placement = response.placed
         return placed
 
-    def _taken(self) -> tuple[list[float], int]:
-        latencies, self._latencies = self._latencies, []
-        num_matched, self._num_matched = self._num_matched, 0
-        return latencies, num_matched
+    def _taken(self) -> Taken:
+        taken = Taken(self._latencies, self._num_matched, self._num_failed)
+        self._latencies, self._num_matched, self._num_failed = [], 0, 0
+        return taken
 
     @contextlib.asynccontextmanager
     async def _reporting(self) -> AsyncIterator[None]:
