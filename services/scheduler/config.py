@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from services.scheduler.policies import DEFAULT_PREFIX_WEIGHT, PolicyName
+from services.common.policies import PolicyName
+from services.scheduler.policies import DEFAULT_PREFIX_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

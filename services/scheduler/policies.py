@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
 
+from services.common.policies import PolicyName
 from services.scheduler.pickers import LowestCost, PowerOfTwo, RandomChoice, Rotation
 from services.scheduler.policy import Policy
 from services.scheduler.scorers.load import load_time
 from services.scheduler.scorers.prefix import prefill_time
 from services.scheduler.scorers.session import away_from_home
-
-PolicyName = Literal["prefix_load", "least_loaded", "power_of_two", "round_robin", "random"]
 
 # A prefill costs its request's time, and as much again of those that run beside it: what waits
 # costs one request only. So a burst with one new prefix waits for its first prefill rather than

@@ -149,6 +149,28 @@ def random_logits(random: np.random.Generator, rows: int, vocab_size: int) -> to
     return torch.where(rounded, (logits * 2).round() / 2, logits).float()
 
 
+def extreme_rows(random: np.random.Generator, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Logits [1, V] with ties, infinities, and values at the ends of what float32 holds."""
+    normal = random.normal(0, 1, vocab_size)
+    some = random.random(vocab_size) < 0.1
+    some[vocab_size // 2] = True
+    smallest = float(np.finfo(np.float32).min)
+    rows = {
+        "flat": np.full(vocab_size, -7.25),
+        "one is not minus infinity": np.where(
+            np.arange(vocab_size) == vocab_size // 2, 1.5, -np.inf
+        ),
+        "few are not minus infinity": np.where(some, normal, -np.inf),
+        "few are not the smallest": np.where(some, normal, smallest),
+        "huge": normal * 1e30,
+        "denormal": normal * 1e-40,
+        "ties": random.integers(0, 3, vocab_size) * 1.0,
+        "both zeros": np.where(normal > 0, 0.0, -0.0),
+        "falling": np.arange(vocab_size) * -1e-3,
+    }
+    return {name: torch.from_numpy(row).float()[None] for name, row in rows.items()}
+
+
 def _sample(
     sampler: StepSampler, logits: torch.Tensor, slots: list[int], positions: list[int]
 ) -> SampledStep:

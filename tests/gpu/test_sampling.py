@@ -73,6 +73,44 @@ def test_tokens_and_logprobs_equal_the_references(
     assert ties <= 1
 
 
+def test_extreme_rows_equal_the_references(mixes) -> None:
+    random = np.random.default_rng(11)
+    vocab_size = 50_001
+    kinds = [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}, {"min_p": 0.1}]
+    pair = mixes.SamplerPair(vocab_size, len(kinds), torch.device("cuda"))
+    for slot, kind in enumerate(kinds):
+        pair.assign(slot, SamplingParams(seed=slot, **kind), LogprobSpec(), [], 0)
+    slots = list(range(len(kinds)))
+    for name, row in mixes.extreme_rows(random, vocab_size).items():
+        got, expected = pair.step(row.repeat(len(kinds), 1), slots, [4] * len(kinds))
+        torch.cuda.synchronize()
+        for slot, *ids in zip(slots, got.token_ids, expected.token_ids, strict=True):
+            same = ids[0] == ids[1]
+            assert same or (slot > 0 and pair.is_near_tie(row[0], slot, 4, ids)), (name, slot, ids)
+
+
+def test_logits_need_not_be_aligned(mixes) -> None:
+    random = np.random.default_rng(12)
+    vocab_size = 32_003
+    pair = mixes.SamplerPair(vocab_size, 3, torch.device("cuda"))
+    logits = mixes.random_logits(random, 4, vocab_size).cuda()[1:]
+    assert logits.data_ptr() % 16
+    penalised, plain = {"presence_penalty": 1.5}, {}
+    for kind in (penalised, plain, penalised):
+        for slot in range(3):
+            params = SamplingParams(temperature=0.0, **kind)
+            ids = [1, int(logits[slot].argmax())]
+            pair.assign(slot, params, LogprobSpec(), ids, 1)
+        step = pair.sampler.sample(
+            logits, np.arange(3, dtype=np.int32), np.full(3, 5), [], reports=True
+        )
+        expected = pair.reference.sample(
+            logits.cpu(), np.arange(3, dtype=np.int32), np.full(3, 5), [], reports=True
+        )
+        torch.cuda.synchronize()
+        assert step.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def test_a_row_samples_the_same_alone_and_among_others(mixes) -> None:
     random = np.random.default_rng(7)
     rows, vocab_size = 32, 128_256

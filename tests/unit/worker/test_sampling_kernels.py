@@ -82,13 +82,57 @@ for vocab_size, rows, rounds in ((64, 24, 2), (3001, 24, 3), (8192, 8, 1)):
     )
 """
 
+EXTREMES = """
+import sys
+import numpy as np, torch
+from services.worker.engine.kernels import sampling_choose
+from services.worker.engine.messages import LogprobSpec, SamplingParams
+from tests.fakes.sampling_mixes import CPU, SamplerPair, assert_same_logprobs, extreme_rows
+
+torch.set_num_threads(1)
+sampling_choose._CANDIDATES, sampling_choose._FEW = 64, 16
+V = int(sys.argv[1])
+half = max(1, V // 2)
+KINDS = [
+    {"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 1e20}, {"temperature": 1.0},
+    {"top_k": 1}, {"top_k": V}, {"top_k": max(1, V - 1), "min_p": 0.9}, {"top_k": half},
+    {"top_p": 0.0}, {"top_p": 1e-9}, {"top_p": 1 - 1e-7}, {"top_p": 0.5}, {"min_p": 1.0},
+    {"top_k": half, "top_p": 0.9}, {"top_k": 20, "top_p": 0.8, "min_p": 1e-30},
+    {"repetition_penalty": 0.5, "presence_penalty": -2.0, "temperature": 0.0},
+    {"logit_bias": tuple((i, (-100.0, 100.0)[i % 2]) for i in range(min(V, 300))), "top_p": 0.9},
+    {"min_new_tokens": 9, "stop_token_ids": (V + 5, -1, *range(min(V - 1, 20))), "top_k": 5},
+]
+SEEDS = [0, 2**63, 2**64 - 1, -1]
+pair = SamplerPair(V, len(KINDS), CPU)
+for slot, kind in enumerate(KINDS):
+    params = SamplingParams(seed=SEEDS[slot % 4], **kind)
+    spec = LogprobSpec(output=slot % 6 == 0, num_top=slot, token_ids=(0,) * (slot % 4))
+    pair.assign(slot, params, spec, [0, V - 1, 0], 1)
+random = np.random.default_rng(V)
+for name, row in extreme_rows(random, V).items():
+    slots = random.permutation(len(KINDS)).tolist()
+    got, expected = pair.step(row.repeat(len(KINDS), 1), slots, [9] * len(KINDS))
+    for slot, *ids in zip(slots, got.token_ids, expected.token_ids, strict=True):
+        assert ids[0] == ids[1], (name, ids, KINDS[slot])
+    assert_same_logprobs(got.logprobs, expected.logprobs, got.logprob_specs)
+"""
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 1003])
+def test_extreme_rows_and_parameters_equal_the_reference(vocab_size: int) -> None:
+    _interpret(EXTREMES, str(vocab_size))
+
 
 @pytest.mark.parametrize("program", [WORDS, MIXES], ids=["words", "mixes"])
 def test_kernels_equal_the_reference(program: str) -> None:
+    _interpret(program)
+
+
+def _interpret(program: str, *arguments: str) -> None:
     pytest.importorskip("triton")
     # The interpreter must be chosen before the kernels' modules are imported.
     done = subprocess.run(
-        ["env", "TRITON_INTERPRET=1", sys.executable, "-c", program],
+        ["env", "TRITON_INTERPRET=1", sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,

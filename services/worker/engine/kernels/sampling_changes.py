@@ -23,6 +23,7 @@ from services.worker.engine.kernels.sampling_math import (
     PRESENCE,
     REPETITION,
     TILE,
+    cdiv,
     float_word,
     int_word,
     variant_of,
@@ -87,7 +88,7 @@ def change(
     vocab_size = logits.shape[1]
     changed = torch.empty((num_changed, vocab_size), dtype=torch.float32, device=logits.device)
     _launch_change(
-        (num_changed, triton.cdiv(vocab_size, TILE), 1), variant_of(logits, changed),
+        (num_changed, cdiv(vocab_size, TILE), 1), variant_of(logits, changed),
         records, logits, changed, prompt_seen.view(torch.uint8), output_counts, biases,
         logits.stride(0), vocab_size, biases.shape[1], TILE, _ENTRIES,
     )  # fmt: skip

@@ -14,8 +14,8 @@ defines it; the same symbols here). The threshold is found without sorting the r
   than the wanted mass and are fewer than k. If not, it and all below it are out, and the next is
   drawn (Gumbel-max: the argmax over what is left). The token is the one that the threshold gives.
 
-The wanted mass of an open top-p comes from float32 sums of tiles, good to 1e-6: only a token
-whose cumulative mass is so near to `top_p` can be kept here and not by the reference, or the
+The wanted mass of an open top-p, and what weighed rows hold, are float32 sums, good to 1e-6: only a
+token whose cumulative mass is so near to `top_p` can be kept here and not by the reference, or the
 other way round. All else is exact.
 
 Shapes: J jobs, R of them rows that sample, P parts, U tiles, G groups, C candidates.
@@ -52,6 +52,7 @@ from services.worker.engine.kernels.sampling_math import (
     key_of,
     largest_key_holding,
     load_row,
+    next_power_of_2,
     value_of,
     variant_of,
     words_of,
@@ -329,15 +330,18 @@ def choose(
     """Fill `token_ids` [R] int64 and `packed` [R] int32 for the first R jobs; count the tokens."""
     num_rows = len(token_ids)
     num_tiles, num_groups = found.tile_max.shape[1], found.group_max.shape[1]
-    width = triton.next_power_of_2(num_groups)
-    filtered = num_rows if len(found.group_max) else 0
-    group_lists = packed.new_empty((filtered, width))
-    values = torch.empty((filtered, _CANDIDATES), dtype=torch.float32, device=packed.device)
+    width = next_power_of_2(num_groups)
+    # Where nothing filters they are not touched, and making tensors is most of what this costs.
+    group_lists, values, ids = found.best_ids, found.best, found.best_ids
+    if len(found.group_max):
+        group_lists = packed.new_empty((num_rows, width))
+        values = found.best.new_empty((num_rows, _CANDIDATES))
+        ids = packed.new_empty((num_rows, _CANDIDATES))
     _launch_choose(
         (num_rows, 1, 1), variant_of(logits, changed),
         records, logits, changed, found.best, found.best_ids, found.tile_max, found.tile_mass,
-        found.group_max, group_lists, values, torch.empty_like(values, dtype=torch.int32),
-        output_counts, token_ids, packed, logits.stride(0), logits.shape[1], found.best.shape[1],
-        num_tiles, num_groups, triton.next_power_of_2(num_tiles), width, GROUP, _GATHERED_GROUPS,
-        _CANDIDATES, min(_FEW, _CANDIDATES), _PIVOTS, _WEIGHED, _DRAWN,
+        found.group_max, group_lists, values, ids, output_counts, token_ids, packed,
+        logits.stride(0), logits.shape[1], found.best.shape[1], num_tiles, num_groups,
+        next_power_of_2(num_tiles), width, GROUP, _GATHERED_GROUPS, _CANDIDATES,
+        min(_FEW, _CANDIDATES), _PIVOTS, _WEIGHED, _DRAWN,
     )  # fmt: skip

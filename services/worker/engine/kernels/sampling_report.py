@@ -22,6 +22,7 @@ from services.worker.engine.kernels.sampling_math import (
     REQUESTED_ROW,
     SAMPLED_ROW,
     int_word,
+    next_power_of_2,
     variant_of,
 )
 from services.worker.engine.kernels.sampling_scan import Scan
@@ -106,6 +107,6 @@ def report(
         (lines, 1, 1), variant_of(logits, logits),
         records, logits, found.tile_max, found.tile_mass, found.group_max, token_ids, requested,
         out, len(records) - lines, logits.stride(0), logits.shape[1], num_tiles, num_groups,
-        requested.shape[1], num_top, width, triton.next_power_of_2(num_tiles),
-        triton.next_power_of_2(num_groups), GROUP, _BLOCK,
+        requested.shape[1], num_top, width, next_power_of_2(num_tiles),
+        next_power_of_2(num_groups), GROUP, _BLOCK,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from services.worker.engine.kernels.sampling_math import (
     NOISE,
     TEMPERATURE,
     TILE,
+    cdiv,
     exp_rn,
     float_word,
     improve,
@@ -108,9 +109,9 @@ def scan(
     `summarised` says that some job's does. `changed` is any float32 tensor when no row is.
     """
     num_jobs, vocab_size = len(records), logits.shape[1]
-    num_tiles, num_groups = triton.cdiv(vocab_size, TILE), triton.cdiv(vocab_size, GROUP)
+    num_tiles, num_groups = cdiv(vocab_size, TILE), cdiv(vocab_size, GROUP)
     tiles_each = max(1, num_jobs * num_tiles // _PROGRAMS)
-    parts = triton.cdiv(num_tiles, tiles_each)
+    parts = cdiv(num_tiles, tiles_each)
     kept = num_jobs if summarised else 0
     best = logits.new_empty((num_jobs, parts), dtype=torch.float32)
     tile_max = logits.new_empty((kept, num_tiles), dtype=torch.float32)
@@ -118,7 +119,7 @@ def scan(
         best=best,
         best_ids=torch.empty_like(best, dtype=torch.int32),
         tile_max=tile_max,
-        tile_mass=torch.empty_like(tile_max),
+        tile_mass=torch.empty_like(tile_max) if kept else tile_max,
         group_max=logits.new_empty((kept, num_groups), dtype=torch.float32),
     )
     _launch_scan(

@@ -147,9 +147,10 @@ class DeviceSampler:
 
     def takes_largest(self, slots: npt.NDArray[np.int32], positions: Int64Array) -> bool:
         """As `StepSampler` says."""
-        words, num_changed = self._step_words(slots, positions)
-        is_greedy = bool((words[:, MODE_WORD] == ARGMAX).all())
-        return is_greedy and not num_changed and not self._wants_report.take(slots).any()
+        is_greedy = (self._records[:, MODE_WORD].take(slots) == ARGMAX).all()
+        if not is_greedy or self._wants_report.take(slots).any():
+            return False
+        return self._step_words(slots, positions)[1] == 0
 
     def chosen(
         self, token_ids: torch.Tensor, prompt_logprobs: list[PositionLogprobs]
@@ -225,8 +226,10 @@ class DeviceSampler:
         num_rows = len(token_ids)
         parts = [packed, *(_packed(each) for each in prompts)]
         # The host's memory for such a copy is pinned, so that nothing waits for it.
-        host = (torch.cat(parts) if prompts else packed).to("cpu", non_blocking=True)
-        own, *others = torch.split(host, [len(part) for part in parts])
+        own = (torch.cat(parts) if prompts else packed).to("cpu", non_blocking=True)
+        others: list[torch.Tensor] = []
+        if prompts:
+            own, *others = torch.split(own, [len(part) for part in parts])
         lines = own[_padded(num_rows) :].view(len(rows), -1) if rows else None
         return SampledStep(
             device_ids=token_ids,

@@ -214,7 +214,7 @@ class SamplingTable:
             entries += [(row, token_id, value) for token_id, value in self._bias[slot]]
             if may_not_stop[row]:
                 entries += [(row, token_id, float("-inf")) for token_id in self._stops[slot]]
-        entries = [entry for entry in entries if entry[1] < self._vocab_size]
+        entries = [entry for entry in entries if 0 <= entry[1] < self._vocab_size]
         if not entries:
             return None
         rows, token_ids, values = zip(*entries, strict=True)
