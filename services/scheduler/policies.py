@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 
 from services.common.policies import PolicyName
 from services.scheduler.pickers import LowestCost, PowerOfTwo, RandomChoice, Rotation
@@ -24,6 +26,7 @@ def make_policy(
     prefix_weight: float = DEFAULT_PREFIX_WEIGHT,
     load_weight: float = 1.0,
     session_weight: float = 0.25,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Policy:
     """The policy of that name. The weights are `prefix_load`'s."""
     match name:
@@ -33,7 +36,7 @@ def make_policy(
                 (load_time, load_weight),
                 (away_from_home, session_weight),
             )
-            return Policy(name, scorers, LowestCost())
+            return Policy(name, scorers, LowestCost(), waits=True)
         case "least_loaded":
             return Policy(name, ((load_time, 1.0),), LowestCost())
         case "power_of_two":

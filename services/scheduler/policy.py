@@ -12,6 +12,9 @@ from typing import Protocol
 
 from services.scheduler.views import WorkerView
 
+# A worker may die of anything; the same request twice is hardly chance.
+_SUSPECT_LOSSES = 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementRequest:
@@ -25,10 +28,20 @@ class PlacementRequest:
     prefix_hashes: Sequence[int] = ()
     max_new_tokens: int = 0
     num_choices: int = 1
+    # Whose request it is; empty where nobody says.
+    tenant: str = ""
+    # Higher goes first, whatever waits below it.
     priority: int = 0
+    # Workers that died under it.
+    num_losses: int = 0
     excluded_worker_ids: frozenset[str] = frozenset()
     # Tenant and session; None outside a session.
     session: tuple[str, str] | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what killed the workers that it lost."""
+        return self.num_losses >= _SUSPECT_LOSSES
 
     @property
     def key(self) -> tuple[str, int]:
@@ -46,6 +59,9 @@ class Query:
     num_output_tokens: int = 0
     # The worker that served the request's session last.
     home_worker_id: str | None = None
+    # The scheduler's time, and how long the request has waited in its queue.
+    now_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class Filter(Protocol):
@@ -77,6 +93,8 @@ class Policy:
     name: str
     scorers: Sequence[tuple[Scorer, float]]
     picker: Picker
+    # It may choose a worker without room; the request then waits for that one.
+    waits: bool = False
 
     def choose(self, query: Query, workers: Sequence[WorkerView]) -> WorkerView:
         """One of `workers`, which must not be empty."""

@@ -1,4 +1,8 @@
-"""Which of the scheduler's reservations this worker took over, told once to each scheduler."""
+"""Which of the scheduler's reservations this worker took over, told once to each scheduler.
+
+A reservation is told with the first load report that counts it: whoever charges it until then
+counts every request once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class ReservationFeed:
         self._ended = ended
 
     def add_admitted(self, reservation_id: int) -> None:
-        """A reservation's first sequence began to run."""
+        """A reservation's first sequence counts in the engine's load."""
         self._admitted.append(reservation_id)
 
     def add_ended(self, reservation_id: int) -> None:
@@ -66,7 +70,7 @@ class ReservationBook:
             self._num_open[reservation_id] = self._num_open.get(reservation_id, 0) + 1
 
     def admit(self, reservation_id: int) -> None:
-        """A sequence of it began to run."""
+        """A sequence of it is in the engine's load: waiting or running."""
         if reservation_id in self._num_open and reservation_id not in self._admitted:
             self._admitted.add(reservation_id)
             for feed in self._feeds:

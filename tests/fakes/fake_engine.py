@@ -92,6 +92,8 @@ class FakeScheduler:
         """One input; what it ends is in the next step's output."""
         if isinstance(message, Request):
             self._waiting.append(message)
+            if message.reservation_id:
+                self._pending.accepted_reservation_ids.append(message.reservation_id)
         elif isinstance(message, Cancel):
             for key in message.keys:
                 self._cancel(key)
@@ -140,7 +142,7 @@ class FakeScheduler:
         while self._waiting and len(self._running) < self.max_running:
             request = self._waiting.pop(0)
             self._running[request.key] = _Running(request, list(request.token_ids))
-            output.admissions.append(Admission(request.key, 0, 1, request.reservation_id))
+            output.admissions.append(Admission(request.key, 0, 1))
             output.cache_events += self._store(request)
             output.logprobs += _prompt_logprobs(request)
 

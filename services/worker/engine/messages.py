@@ -108,7 +108,6 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     key: int
     cached_tokens: int
     queue_ns: int
-    reservation_id: int
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -172,6 +171,16 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int = 0
 
 
+class EvictionWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What it takes to compute the next 2^k pages to be evicted again, times the share of
+    requests that use them; entry k sums them up.
+    """
+
+    tokens: list[float] = []
+    # Pairs of a token with one in place before it.
+    pairs: list[float] = []
+
+
 class StepWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one step computed and how long it took: the cost model's observations.
 
@@ -196,6 +205,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     num_tokens: list[int] = []
     token_ids: list[int] = []
     admissions: list[Admission] = []
+    # Reservations of sequences that `load` counts, waiting or running, and did not before.
+    accepted_reservation_ids: list[int] = []
     # (key, rows); rows whose start_position is inside the prompt are prompt log-probabilities.
     logprobs: list[tuple[int, LogprobRows]] = []
     finishes: list[Finish] = []
@@ -204,6 +215,8 @@ class StepOutput(msgspec.Struct, kw_only=True, tag="step"):
     # Set in answer to FlushCache.
     flushed_pages: int | None = None
     load: EngineLoad = EngineLoad()
+    # Now and then, when the tree may have changed.
+    eviction: EvictionWork | None = None
     # None where nothing was computed, or it cannot be told.
     work: StepWork | None = None
 

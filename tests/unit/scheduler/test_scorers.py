@@ -19,8 +19,8 @@ def test_prefill_time_is_that_of_the_uncached_tokens() -> None:
     workers = [make_view("a", cost_model=COSTS), make_view("b", cost_model=COSTS)]
     query = make_query(make_request(num_prompt_tokens=100), {"a": 80})
     assert prefill_time(query, workers) == [
-        1000 + 20 * 10 + 0.5 * 20 * 100,
-        1000 + 100 * 10 + 0.5 * 100 * 100,
+        1000 + 20 * 10 + 0.5 * 20 * 90,
+        1000 + 100 * 10 + 0.5 * 100 * 50,
     ]
 
 
@@ -40,7 +40,7 @@ def test_load_time_is_the_queue_and_decoding_beside_others() -> None:
     )
     query = make_query(make_request(num_prompt_tokens=10, num_choices=2), num_output_tokens=5)
     queued = 50 * 10 + 900
-    step = 100 + 7 * (3 + 1 + 2 + 2) + 3 * (400 + 60 + 10)
+    step = 100 + 7 * (3 + 1 + 2 + 2) + 3 * (400 + 50 + 60 + 10)
     assert load_time(query, [worker]) == [queued + 5 * step]
 
 

@@ -133,7 +133,7 @@ async def bench() -> Bench:
 
 def test_a_step_for_a_fast_reader_is_one_frame(bench: Bench) -> None:
     bench.submit(make_submit(10, [1]), make_submit(11, [1]))
-    bench.step({1: [5], 2: [6]}, admissions=[Admission(1, 4, 9, 0), Admission(2, 0, 9, 0)])
+    bench.step({1: [5], 2: [6]}, admissions=[Admission(1, 4, 9), Admission(2, 0, 9)])
     bench.step({}, finishes=[finish(1, 1)])
     (frame,) = [bench.read()]
     assert frame is not None
@@ -193,7 +193,7 @@ def test_a_resume_sends_again_from_the_offsets(bench: Bench) -> None:
     first, second = bench.submit(
         make_submit(10, [1, 1]), make_submit(11, [1, 1], output=[8, 8], max_new_tokens=9)
     )
-    bench.step({1: [1], 2: [3]}, admissions=[Admission(1, 0, 0, 0), Admission(2, 0, 0, 0)])
+    bench.step({1: [1], 2: [3]}, admissions=[Admission(1, 0, 0), Admission(2, 0, 0)])
     bench.read_all()
     # Written, but lost on the way.
     for token in (2, 3):

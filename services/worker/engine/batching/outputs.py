@@ -9,6 +9,7 @@ from services.worker.engine.messages import (
     Admission,
     CacheEvent,
     EngineLoad,
+    EvictionWork,
     Finish,
     LogprobRows,
     SequenceError,
@@ -45,7 +46,6 @@ class OutputCollector:
                 key=sequence.key,
                 cached_tokens=sequence.cached_tokens,
                 queue_ns=now - sequence.arrival_ns,
-                reservation_id=request.reservation_id,
             )
         )
         if request.logprobs.prompt_start == 0:
@@ -86,6 +86,15 @@ class OutputCollector:
                 reservation_id=sequence.request.reservation_id,
             )
         )
+
+    def accept(self, reservation_id: int) -> None:
+        """A sequence is live: the next output's load counts it. That alone makes no output."""
+        if reservation_id:
+            self._output.accepted_reservation_ids.append(reservation_id)
+
+    def price_eviction(self, work: EvictionWork) -> None:
+        """What the next evictions would cost."""
+        self._output.eviction = work
 
     def fail(self, key: int, code: int, message: str, reservation_id: int) -> None:
         """A sequence failed."""

@@ -49,6 +49,14 @@ class RunningSequences:
         """Sequences with known tokens that are not scheduled, oldest first."""
         return list(self._prefilling)
 
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        """Known tokens of these that are in no step yet."""
+        computed = self.slots.num_computed
+        return sum(
+            len(sequence.token_ids) - int(computed[sequence.slot]) for sequence in self._prefilling
+        )
+
     def sequence_in(self, slot: int) -> Sequence:
         """Whose slot it is."""
         sequence = self.slots.sequences[slot]

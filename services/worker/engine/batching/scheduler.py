@@ -34,12 +34,15 @@ from services.worker.engine.batching.running import RunningSequences
 from services.worker.engine.batching.sequence import Sequence
 from services.worker.engine.batching.steps import IssuedStep, PlanBuilder, PrefillChunk
 from services.worker.engine.batching.waiting import WaitingQueue
+from services.worker.engine.kv.eviction_cost import eviction_work
 from services.worker.engine.messages import LogprobRows, Request, StepOutput
 
 # google.rpc.Code, which this package may not import.
 _INVALID_ARGUMENT = 3
 _DEADLINE_EXCEEDED = 4
 
+# How often the cost of evicting is worked out; it takes a few milliseconds.
+_EVICTION_INTERVAL_NS = 1_000_000_000
 # Deadlines of ended sequences that are kept before the heap is rebuilt.
 _DEADLINE_SLACK = 1024
 
@@ -87,6 +90,7 @@ class BatchScheduler:
         self._issued: deque[IssuedStep] = deque()
         self._outputs = OutputCollector()
         self._num_steps = 0
+        self._eviction_due_ns = 0
         # When the last result came, while work has gone on since.
         self._last_result_ns: int | None = None
 
@@ -117,6 +121,7 @@ class BatchScheduler:
             request, self._cache, self._eos_token_ids, max_len=self._max_len, now=now
         )
         self._live[sequence.key] = sequence
+        self._outputs.accept(request.reservation_id)
         if request.deadline_ns is not None:
             self._note_deadline(request.deadline_ns, sequence.key)
         self._waiting.add(sequence, self._num_uncached(sequence))
@@ -182,10 +187,15 @@ class BatchScheduler:
             self._outputs.add_events(self._cache.events.take())
         if self._outputs.is_empty:
             return None
+        now = self._clock()
+        if now >= self._eviction_due_ns:
+            self._eviction_due_ns = now + _EVICTION_INTERVAL_NS
+            self._outputs.price_eviction(eviction_work(self._cache.tree, self._page_size))
         return self._outputs.take(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_waiting_uncached_tokens=self._waiting.num_uncached_tokens,
+            num_waiting_uncached_tokens=self._waiting.num_uncached_tokens
+            + self._running.num_unscheduled_tokens,
             num_running_context_tokens=int(self._slots.num_computed.sum(dtype=np.int64)),
             num_free_pages=self._cache.num_free,
             num_evictable_pages=self._cache.tree.num_evictable,

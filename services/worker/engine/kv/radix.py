@@ -17,6 +17,8 @@ from services.worker.engine.kv.events import CacheEventCollector
 _BYTES_PER_ID = 4
 # Entries of the eviction heap that may be out of date before it is rebuilt.
 _HEAP_SLACK = 1024
+# Uses of a page are counted over about so many of the newest: 1 / (1 - _KEEP).
+_KEEP = 1 - 1 / 1024
 
 
 def page_keys(namespace: str, token_ids: Sequence[int], page_size: int) -> list[bytes]:
@@ -40,6 +42,7 @@ class Node:
 
     __slots__ = (
         "children",
+        "counted_at",
         "depth",
         "in_tree",
         "key",
@@ -48,6 +51,7 @@ class Node:
         "page",
         "parent",
         "prefix_hash",
+        "uses",
     )
 
     def __init__(self, parent: Node | None, key: bytes, page: int, prefix_hash: int) -> None:
@@ -61,6 +65,10 @@ class Node:
         # Locks held on this node itself, plus its children that are locked.
         self.num_locks = 0
         self.last_used = 0
+        # Locks that ended here or under a child that was evicted since, older ones counting
+        # less; as of `counted_at`.
+        self.uses = 0.0
+        self.counted_at = 0
         self.in_tree = True
 
     def path(self) -> Iterator[Node]:
@@ -85,7 +93,10 @@ class RadixTree:
         self._events = events
         self._num_pages = 0
         self._num_locked = 0
+        # Counts unlocks.
         self._clock = 0
+        # All uses there were, older ones counting less.
+        self._num_uses = 0.0
         # (last used, order of entry, node) of unlocked leaves; entries go out of date in place.
         self._leaves: list[tuple[int, int, Node]] = []
         self._num_pushes = 0
@@ -138,6 +149,9 @@ class RadixTree:
     def unlock(self, node: Node) -> None:
         """Give up one lock on `node`; what nobody else locks was used last now."""
         self._clock += 1
+        self._num_uses = self._num_uses * _KEEP + 1
+        node.uses = self._uses_of(node) + 1
+        node.counted_at = self._clock
         current: Node | None = node
         while current is not None:
             assert current.num_locks > 0, "unlocking a node that is not locked"
@@ -187,6 +201,33 @@ class RadixTree:
                 node, parent = parent, self._remove(parent)
                 pages.append(node.page)
         return pages
+
+    def eviction_order(self) -> Iterator[tuple[Node, float]]:
+        """The pages that `evict` would remove, in its order, each with the share of uses it had.
+
+        Changes nothing, and the tree must not change meanwhile.
+        """
+        leaves = list(self._leaves)
+        num_pushes = self._num_pushes
+        # Of pages with a child that has come up: children still to come, and uses of the others.
+        num_children: dict[Node, int] = {}
+        uses_below: dict[Node, float] = {}
+        seen: set[Node] = set()
+        while leaves:
+            last_used, _, node = heapq.heappop(leaves)
+            parent = node.parent
+            if parent is None or node in seen or node.num_locks or node.last_used != last_used:
+                continue
+            if num_children.get(node, len(node.children)):
+                continue
+            seen.add(node)
+            uses = self._uses_of(node) + uses_below.get(node, 0.0)
+            yield node, uses / self._num_uses
+            uses_below[parent] = uses_below.get(parent, 0.0) + uses
+            left = num_children[parent] = num_children.get(parent, len(parent.children)) - 1
+            if not left and not parent.num_locks and parent.parent is not None:
+                num_pushes += 1
+                heapq.heappush(leaves, (parent.last_used, num_pushes, parent))
 
     def clear(self) -> list[int]:
         """Remove every unlocked page."""
@@ -242,9 +283,18 @@ class RadixTree:
         del parent.children[leaf.key]
         leaf.in_tree = False
         leaf.parent = None
+        # Who used the leaf used its parent.
+        parent.uses = self._uses_of(parent) + self._uses_of(leaf)
+        parent.counted_at = self._clock
         self._num_pages -= 1
         self._events.remove(leaf.prefix_hash)
         return parent
+
+    def _uses_of(self, node: Node) -> float:
+        """The node's count, as of now."""
+        if not node.uses:
+            return 0.0
+        return node.uses * _KEEP ** (self._clock - node.counted_at)
 
     def _push(self, leaf: Node) -> None:
         if len(self._leaves) > 2 * self._num_pages + _HEAP_SLACK:

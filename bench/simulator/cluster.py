@@ -1,0 +1,422 @@
+"""The simulated system: the real placement and index between simulated workers and callers.
+
+What gateway, gRPC and the followers of the index do is played by delayed calls; what decides
+(`Placer` and its tables, `PrefixIndex`) is the services' own code.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from bench.simulator.clock import VirtualClock
+from bench.simulator.worker import Report, SimulatedWorker, WorkerShape
+from bench.simulator.workloads import Conversation, Turn, Workload
+from services.cache_index.index import GPU, Holder, PrefixIndex
+from services.common.prefix_hash import prefix_hashes
+from services.scheduler.accounting import Outcome
+from services.scheduler.costs import CostModel
+from services.scheduler.endpoints import Registration, WorkerTable
+from services.scheduler.index_client import WorkerMatch
+from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.overlay import PredictionOverlay
+from services.scheduler.placement import Placer
+from services.scheduler.policies import PolicyName, make_policy
+from services.scheduler.policy import PlacementRequest
+from services.scheduler.pools import PoolIdentity, PoolSet
+from services.scheduler.queue import Ticket
+from services.scheduler.reservations import ReservationBook
+from services.scheduler.views import Load, Worker, WorkerRole
+from services.worker.engine.messages import (
+    CacheEvent,
+    PagesRemoved,
+    PagesStored,
+    Request,
+    SamplingParams,
+    StepOutput,
+)
+
+_MODEL = "simulated"
+_SWEEP_NS = 50_000_000
+# As `services/scheduler/servicer.py` asks the index again for requests near the head.
+_FIRST_REFRESH_NS = 50_000_000
+_REFRESH_NS = 500_000_000
+_REFRESH_POSITIONS = 64
+_MAX_PREFIXES = 10_000_000
+_LEASE_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delays:
+    """Nanoseconds from sending to arrival; each lane keeps its order."""
+
+    schedule: int = 400_000
+    match: int = 500_000
+    submit: int = 400_000
+    output: int = 300_000
+    report: int = 1_000_000
+    events: int = 2_000_000
+    outcome: int = 2_000_000
+    # From a worker's death to its callers knowing.
+    death: int = 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A worker dies, and comes back empty `back_after_s` later (never: None)."""
+
+    at_s: float
+    worker: int
+    back_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request from its arrival to its last token, in seconds."""
+
+    arrived_s: float
+    first_token_s: float
+    latency_s: float
+    queued_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    predicted_tokens: int
+    output_tokens: int
+    num_attempts: int
+    worker_id: str
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request on its way."""
+
+    conversation: Conversation
+    turn_index: int
+    session: int
+    arrived_ns: int
+    token_ids: list[int]
+    hashes: list[int]
+    attempt: int = 0
+    num_output: int = 0
+    excluded: frozenset[str] = frozenset()
+    ticket: Ticket | None = None
+    key: int = 0
+    cached_tokens: int = 0
+    predicted_tokens: int = 0
+    queued_s: float = 0.0
+    first_token_ns: int | None = None
+
+    @property
+    def turn(self) -> Turn:
+        return self.conversation.turns[self.turn_index]
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """One worker's place in the system through its lives."""
+
+    name: str
+    worker: SimulatedWorker
+    registration: Registration
+    holder: Holder
+    jobs: dict[int, _Job] = field(default_factory=dict)
+
+
+class Cluster:
+    """Serves one workload once. Invariant: every request that arrived is served, or is in
+    exactly one of: on its way to the scheduler, in its queue, on its way to a worker, on one.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        policy: PolicyName,
+        *,
+        shape: WorkerShape,
+        delays: Delays,
+        seed: int,
+        weights: dict[str, float] | None = None,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.served: list[Served] = []
+        self.metrics = SchedulerMetrics()
+        self._shape = shape
+        self._delays = delays
+        rng = random.Random(seed)
+        self._epochs = random.Random(seed + 1)
+        self._index = PrefixIndex(_MAX_PREFIXES)
+        self._pools = PoolSet()
+        table = WorkerTable(_LEASE_S)
+        self._placer = Placer(
+            table,
+            self._pools,
+            make_policy(policy, rng, clock=lambda: self.clock.now_s, **(weights or {})),
+            ReservationBook(table, rng),
+            PredictionOverlay(),
+            self.metrics,
+            lambda: self.clock.now_s,
+            max_queued=1_000_000,
+            worker_wait_s=1e6,
+        )
+        self._num_jobs = 0
+        self._seats = [self._register(f"w{index:03d}") for index in range(num_workers)]
+        self.clock.after(_SWEEP_NS, self._sweep)
+
+    def serve(
+        self, workload: Workload, arrivals_ns: list[int], losses: tuple[Loss, ...] = ()
+    ) -> list[Served]:
+        """Every request of `workload`, in the order in which they ended."""
+        for session, (conversation, at_ns) in enumerate(
+            zip(workload.conversations, arrivals_ns, strict=True)
+        ):
+            self.clock.at(at_ns, lambda c=conversation, s=session: self._arrive(c, 0, s, ()))  # type: ignore[misc]
+        for loss in losses:
+            self.clock.at(int(loss.at_s * 1e9), lambda lost=loss: self._lose(lost))  # type: ignore[misc]
+        self.clock.run(until=lambda: len(self.served) == workload.num_requests)
+        for seat in self._seats:
+            assert not seat.jobs, "a request ended, and its worker still has it"
+            if seat.worker.alive:
+                seat.worker.check()
+        return self.served
+
+    # A request's way
+
+    def _arrive(
+        self, conversation: Conversation, turn_index: int, session: int, _: tuple[()]
+    ) -> None:
+        token_ids = conversation.turns[turn_index].token_ids()
+        hashes = prefix_hashes(token_ids, self._shape.page_size, "")
+        job = _Job(conversation, turn_index, session, self.clock.now_ns, token_ids, hashes)
+        self._schedule(job)
+
+    def _schedule(self, job: _Job) -> None:
+        delay = self._delays.schedule + self._delays.match
+        self._num_jobs += 1
+        job.key = self._num_jobs
+        self.clock.after(delay, lambda: self._open(job))
+
+    def _open(self, job: _Job) -> None:
+        request = PlacementRequest(
+            request_id=f"{job.session}/{job.turn_index}",
+            attempt=job.attempt,
+            model=_MODEL,
+            prefix_hashes=job.hashes,
+            num_prompt_tokens=len(job.token_ids),
+            max_new_tokens=job.turn.output_len - job.num_output,
+            excluded_worker_ids=job.excluded,
+            session=("", str(job.session)) if len(job.conversation.turns) > 1 else None,
+        )
+        ticket, is_new = self._placer.open_ticket(request, None)
+        assert is_new, "a simulated caller asks once"
+        job.ticket = ticket
+        ticket.listeners.append(lambda: self._placed(job))
+        self._placer.enqueue(ticket, self._match(job))
+        if not ticket.is_settled:
+            self.clock.after(_FIRST_REFRESH_NS, lambda: self._refresh(job, ticket))
+
+    def _refresh(self, job: _Job, ticket: Ticket) -> None:
+        """What the servicer does for requests that wait near the head."""
+        if ticket.is_settled:
+            return
+        if self._placer.position(ticket) < _REFRESH_POSITIONS:
+            self._placer.enqueue(ticket, self._match(job))
+        self.clock.after(_REFRESH_NS, lambda: self._refresh(job, ticket))
+
+    def _match(self, job: _Job) -> tuple[WorkerMatch, ...]:
+        found = self._index.match(job.hashes)
+        return tuple(map(WorkerMatch, found.worker_ids, found.epochs, found.host_pages))
+
+    def _placed(self, job: _Job) -> None:
+        ticket = job.ticket
+        assert ticket is not None, "placed without having asked"
+        assert ticket.reservation is not None, ticket.error
+        reservation, ticket.is_delivered = ticket.reservation, True
+        job.queued_s += reservation.queued_for_s
+        job.predicted_tokens = reservation.predicted_cached_tokens
+        delay = self._delays.schedule + self._delays.submit
+        seat = next(s for s in self._seats if s.name == reservation.worker.worker_id)
+        epoch, reservation_id = reservation.worker.epoch, reservation.reservation_id
+        self.clock.after(delay, lambda: self._submit(job, seat, epoch, reservation_id))
+
+    def _submit(self, job: _Job, seat: _Seat, epoch: int, reservation_id: int) -> None:
+        if not seat.worker.alive or seat.worker.epoch != epoch:
+            self._migrate(job, seat.name)
+            return
+        seat.jobs[job.key] = job
+        turn = job.turn
+        seat.worker.submit(
+            Request(
+                key=job.key,
+                request_id=str(job.key),
+                token_ids=job.token_ids,
+                prompt_len=turn.prompt_len,
+                sampling=SamplingParams(max_new_tokens=turn.output_len, ignore_eos=True),
+                reservation_id=reservation_id,
+                arrival_ns=self.clock.now_ns,
+            )
+        )
+
+    def _take_output(self, seat: _Seat, output: StepOutput) -> None:
+        """A frame has come to the callers."""
+        for key, count in zip(output.keys, output.num_tokens, strict=True):
+            job = seat.jobs.get(key)
+            if job is not None:
+                job.num_output += count
+                if job.first_token_ns is None:
+                    job.first_token_ns = self.clock.now_ns
+        assert not output.errors, output.errors
+        for finish in output.finishes:
+            job = seat.jobs.pop(finish.key, None)
+            if job is not None:
+                job.cached_tokens = finish.cached_tokens
+                self._finish(job, seat, finish.reservation_id)
+
+    def _finish(self, job: _Job, seat: _Seat, reservation_id: int) -> None:
+        turn, now_ns = job.turn, self.clock.now_ns
+        assert job.num_output == turn.output_len, "every token arrives, and no other"
+        assert job.first_token_ns is not None
+        self.served.append(
+            Served(
+                job.arrived_ns / 1e9,
+                (job.first_token_ns - job.arrived_ns) / 1e9,
+                (now_ns - job.arrived_ns) / 1e9,
+                job.queued_s,
+                turn.prompt_len,
+                job.cached_tokens,
+                job.predicted_tokens,
+                turn.output_len,
+                job.attempt + 1,
+                seat.name,
+            )
+        )
+        outcome = Outcome(reservation_id, turn.prompt_len, job.cached_tokens, turn.output_len, True)
+        self.clock.after(self._delays.outcome, lambda: self._placer.report_outcomes([outcome]))
+        if job.turn_index + 1 < len(job.conversation.turns):
+            self.clock.after(
+                job.conversation.think_s * 1e9,
+                lambda: self._arrive(job.conversation, job.turn_index + 1, job.session, ()),
+            )
+
+    def _migrate(self, job: _Job, worker_id: str) -> None:
+        """Its worker is gone: place it again, with its output so far."""
+        job.attempt += 1
+        # A worker that comes back under its name may have it again.
+        job.excluded = frozenset()
+        job.token_ids = job.turn.token_ids() + [7] * job.num_output
+        job.hashes = prefix_hashes(job.token_ids, self._shape.page_size, "")
+        self._schedule(job)
+
+    # Workers
+
+    def _register(self, name: str) -> _Seat:
+        epoch = self._epochs.getrandbits(63) | 1
+        shape = self._shape
+        record = Worker(
+            worker_id=name,
+            address=name,
+            epoch=epoch,
+            role=WorkerRole.MIXED,
+            num_pages=shape.num_pages,
+            max_running_sequences=shape.max_running_sequences,
+            context_length=shape.context_length,
+            vocab_size=2**31 - 1,
+            page_size=shape.page_size,
+        )
+        registration = Registration(
+            record, self._pools.pools[0], lambda reason: None, lambda error: None
+        )
+        holder = self._index.add_holder(name, epoch)
+        identity = PoolIdentity(
+            served_model_name=_MODEL,
+            model_revision="",
+            tokenizer_digest="",
+            template_digest="",
+            page_size=shape.page_size,
+            hash_version=1,
+        )
+        self._placer.register(registration, identity)
+        delays, later = self._delays, self.clock.after
+        seat: _Seat
+
+        def on_report(report: Report) -> None:
+            later(delays.report, lambda: self._take_report(seat, worker, registration, report))
+
+        def on_events(events: list[CacheEvent]) -> None:
+            later(delays.events, lambda: self._take_events(holder, events))
+
+        def on_output(output: StepOutput) -> None:
+            later(delays.output, lambda: worker.alive and self._take_output(seat, output))
+
+        worker = SimulatedWorker(
+            name,
+            epoch,
+            shape,
+            self.clock,
+            on_output=on_output,
+            on_report=on_report,
+            on_events=on_events,
+        )
+        seat = _Seat(name, worker, registration, holder)
+        return seat
+
+    def _take_report(
+        self, seat: _Seat, worker: SimulatedWorker, registration: Registration, report: Report
+    ) -> None:
+        if worker.alive:
+            self._placer.report_load(
+                registration, _load(report), report.admitted_ids, report.ended_ids
+            )
+
+    def _take_events(self, holder: Holder, events: list[CacheEvent]) -> None:
+        for event in events:
+            if isinstance(event, PagesStored):
+                self._index.store(holder, GPU, event.parent_hash, event.prefix_hashes)
+            elif isinstance(event, PagesRemoved):
+                self._index.remove(holder, GPU, event.prefix_hashes)
+
+    def _lose(self, loss: Loss) -> None:
+        seat = self._seats[loss.worker]
+        seat.worker.kill()
+        self.clock.after(self._delays.death, lambda: self._notice(seat, loss))
+
+    def _notice(self, seat: _Seat, loss: Loss) -> None:
+        self._placer.unregister(seat.registration)
+        self._index.retire(seat.holder)
+        jobs, seat.jobs = list(seat.jobs.values()), {}
+        for job in jobs:
+            self._migrate(job, seat.name)
+        if loss.back_after_s is not None:
+            self.clock.after(loss.back_after_s * 1e9, lambda: self._come_back(loss.worker))
+
+    def _come_back(self, index: int) -> None:
+        self._seats[index] = self._register(self._seats[index].name)
+
+    def _sweep(self) -> None:
+        self._placer.sweep()
+        self._index.scrub()
+        self.clock.after(_SWEEP_NS, self._sweep)
+
+
+def _load(report: Report) -> Load:
+    """As `services/scheduler/wire.py` reads a report."""
+    load, fitted = report.load, report.coefficients
+    costs: CostModel | None = None
+    if fitted is not None and fitted.prefill_token_ns > 0 and fitted.decode_base_ns > 0:
+        costs = CostModel(
+            prefill_base_ns=fitted.prefill_base_ns,
+            prefill_token_ns=fitted.prefill_token_ns,
+            prefill_context_ns=fitted.prefill_context_ns,
+            decode_base_ns=fitted.decode_base_ns,
+            decode_sequence_ns=fitted.decode_sequence_ns,
+            decode_context_ns=fitted.decode_context_ns,
+        )
+    return Load(
+        num_free_pages=load.num_free_pages,
+        num_evictable_pages=load.num_evictable_pages,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_waiting_uncached_tokens=load.num_waiting_uncached_tokens,
+        num_running_context_tokens=load.num_running_context_tokens,
+        eviction_cost_ns=tuple(report.eviction_cost_ns),
+        cost_model=costs,
+    )
