@@ -1,14 +1,18 @@
 """Schedule calls per second through gRPC, and the latency they add.
 
     python -m bench.schedule [--callers 32] [--workers 64] [--prompt-tokens 4096] [--seconds 5]
-                             [--report-ms 20] [--no-index] [--policy prefix_load]
+                             [--report-ms 20] [--no-index] [--policy prefix_load] [--unary]
+                             [--rate 3000]
 
 Four processes joined by Unix sockets: `python -m services.scheduler`, `python -m
 services.cache_index` following the workers' cache events, fake workers (each with its own server,
 pages and load reports), and this one with the callers. Half of each prompt is a prefix that a few
 workers hold; the other half is new. Workers predict tiny prefills, so that no request waits for
-room. Prints one JSON object; latencies are of a closed loop of all callers and of one alone. CPU
-times are of the scheduler's and the index's processes (user and system), load reports included.
+room. All callers share one ScheduleMany call, as the requests of a gateway do; with --unary each
+request is a Schedule call. Prints one JSON object; latencies are of a closed loop of all callers,
+of one alone, and of requests that arrive --rate times a second (Poisson), counted from the moment
+they were due. CPU times are of the scheduler's, the index's and the callers' processes (user and
+system), load reports included.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import uvloop
@@ -40,7 +44,9 @@ from rhizome.worker.v1 import (
     worker_service_pb2 as worker_pb,
     worker_service_pb2_grpc as worker_pb_grpc,
 )
+from services.common.errors import RhizomeError, error_from_rpc
 from services.common.rpc import open_channel, running_server
+from services.gateway.schedule_session import ScheduleSession
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGE_SIZE = 16
@@ -59,6 +65,8 @@ def main() -> None:
     parser.add_argument("--report-ms", type=float, default=20.0, help="between load reports")
     parser.add_argument("--no-index", action="store_true")
     parser.add_argument("--policy", default="prefix_load")
+    parser.add_argument("--unary", action="store_true", help="a Schedule call a request")
+    parser.add_argument("--rate", type=float, default=3000.0, help="arrivals a second, open loop")
     uvloop.run(run(parser.parse_args()))
 
 
@@ -83,44 +91,54 @@ async def run(args: argparse.Namespace) -> None:
                     running_service("cache_index", index_address, "--scheduler", scheduler_address)
                 )
                 await asyncio.sleep(3.0)
-            messages = make_messages(args.prompt_tokens)
-            await closed_loop(stub, messages, args.callers, 1.0)
+            load = Load(stub, make_messages(args.prompt_tokens), args.unary)
+            await load.closed_loop(args.callers, 1.0)
+            meters = Meters(scheduler, index)
             result = {
                 "python": platform.python_version(),
                 "cpus": psutil.cpu_count(),
                 "arguments": vars(args),
-                "all_callers": await measure(stub, messages, args.callers, args, scheduler, index),
-                "one_caller": await measure(stub, messages, 1, args, scheduler, index),
+                "all_callers": await meters.of(load.closed_loop(args.callers, args.seconds)),
+                "one_caller": await meters.of(load.closed_loop(1, args.seconds)),
+                "open_loop": await meters.of(load.open_loop(args.rate, args.seconds)),
                 "idle": await idle(args.seconds, scheduler),
             }
+            await load.close()
     print(json.dumps(result, indent=2))
 
 
-async def measure(
-    stub: Any,
-    messages: list[pb.ScheduleRequest],
-    num_callers: int,
-    args: argparse.Namespace,
-    scheduler: psutil.Process,
-    index: psutil.Process | None,
-) -> dict[str, Any]:
-    processes = {"scheduler": scheduler, "index": index}
-    before = {name: cpu_s(process) for name, process in processes.items()}
-    start = time.perf_counter()
-    latencies, num_matched = await closed_loop(stub, messages, num_callers, args.seconds)
-    elapsed = time.perf_counter() - start
-    latencies.sort()
-    count = len(latencies)
-    return {
-        "calls_per_s": round(count / elapsed),
-        "p50_ms": round(latencies[count // 2] * 1e3, 3),
-        "p99_ms": round(latencies[count * 99 // 100] * 1e3, 3),
-        "share_with_a_match": round(num_matched / count, 3),
-        **{
-            f"{name}_cpu_us_per_call": round((cpu_s(process) - before[name]) / count * 1e6)
-            for name, process in processes.items()
-        },
-    }
+class Taken(NamedTuple):
+    """What a load saw: seconds of each placement, how many expected a match, how many failed."""
+
+    latencies: list[float]
+    num_matched: int
+    num_failed: int
+
+
+class Meters:
+    """What a load took: latencies, and CPU time by process."""
+
+    def __init__(self, scheduler: psutil.Process, index: psutil.Process | None) -> None:
+        self._processes = {"scheduler": scheduler, "index": index, "callers": psutil.Process()}
+
+    async def of(self, load: Awaitable[Taken]) -> dict[str, Any]:
+        before = {name: cpu_s(process) for name, process in self._processes.items()}
+        start = time.perf_counter()
+        taken = await load
+        elapsed = time.perf_counter() - start
+        latencies = sorted(taken.latencies)
+        count = len(latencies)
+        return {
+            "calls_per_s": round(count / elapsed),
+            "p50_ms": round(latencies[count // 2] * 1e3, 3),
+            "p99_ms": round(latencies[count * 99 // 100] * 1e3, 3),
+            "failed": taken.num_failed,
+            "share_with_a_match": round(taken.num_matched / count, 3),
+            **{
+                f"{name}_cpu_us_per_call": round((cpu_s(process) - before[name]) / count * 1e6)
+                for name, process in self._processes.items()
+            },
+        }
 
 
 async def idle(seconds: float, scheduler: psutil.Process) -> dict[str, float]:
@@ -130,50 +148,92 @@ async def idle(seconds: float, scheduler: psutil.Process) -> dict[str, float]:
     return {"scheduler_cpu_share": round((cpu_s(scheduler) - before) / seconds, 3)}
 
 
-async def closed_loop(
-    stub: Any, messages: list[pb.ScheduleRequest], num_callers: int, seconds: float
-) -> tuple[list[float], int]:
-    """Callers that ask again as soon as they are answered; latencies, and how many matched."""
-    latencies: list[float] = []
-    placements: list[pb.Placement] = []
-    num_matched = 0
-    run_id = f"{time.monotonic_ns()}"
-    end = time.perf_counter() + seconds
+class Load:
+    """Callers of one gateway, which reports outcomes as a gateway does."""
 
-    async def caller(number: int) -> None:
-        nonlocal num_matched
-        position = number * len(messages) // num_callers
-        while (start := time.perf_counter()) < end:
-            message = messages[position % len(messages)]
-            message.request_id = f"{run_id}-{number}-{position}"
-            position += 1
-            call = stub.Schedule(message)
+    def __init__(self, stub: Any, messages: list[pb.ScheduleRequest], unary: bool) -> None:
+        self._stub = stub
+        self._session = ScheduleSession(stub)
+        self._place = self._place_alone if unary else self._session.place
+        self._messages = messages
+        self._position = 0
+        self._placements: list[pb.Placement] = []
+        self._latencies: list[float] = []
+        self._num_matched = 0
+        self._num_failed = 0
+        self._run_id = f"{time.monotonic_ns()}"
+
+    async def closed_loop(self, num_callers: int, seconds: float) -> Taken:
+        """Callers that ask again as soon as they are answered."""
+        end = time.perf_counter() + seconds
+
+        async def caller() -> None:
+            while (start := time.perf_counter()) < end:
+                await self._ask(start)
+
+        async with self._reporting():
+            await asyncio.gather(*(caller() for _ in range(num_callers)))
+        return self._taken()
+
+    async def open_loop(self, rate: float, seconds: float) -> Taken:
+        """Requests that come when they are due, whatever became of those before."""
+        rng = random.Random(3)
+        due = start = time.perf_counter()
+        async with self._reporting(), asyncio.TaskGroup() as tasks:
+            while due < start + seconds:
+                while time.perf_counter() >= due:
+                    tasks.create_task(self._ask(due))
+                    due += rng.expovariate(rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        return self._taken()
+
+    async def close(self) -> None:
+        await self._session.aclose()
+
+    async def _ask(self, start: float) -> None:
+        message = self._messages[self._position % len(self._messages)]
+        message.request_id = f"{self._run_id}-{self._position}"
+        self._position += 1
+        try:
+            placed = await self._place(message)
+        except RhizomeError:
+            self._num_failed += 1
+            return
+        self._latencies.append(time.perf_counter() - start)
+        self._placements.append(placed)
+        self._num_matched += placed.predicted_cached_tokens > 0
+
+    async def _place_alone(self, message: pb.ScheduleRequest) -> pb.Placement:
+        call = self._stub.Schedule(message)
+        try:
             while not (response := await call.read()).HasField("placed"):
                 pass
-            latencies.append(time.perf_counter() - start)
-            # As the gateway does: the end of the stream is not worth waiting for.
-            call.cancel()
-            placements.append(response.placed)
-            num_matched += response.placed.predicted_cached_tokens > 0
+        except aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        # The end of the stream is not worth waiting for.
+        call.cancel()
+        placed: pb.Placement = response.placed
+        return placed
 
-    async def reporter() -> None:
+    def _taken(self) -> Taken:
+        taken = Taken(self._latencies, self._num_matched, self._num_failed)
+        self._latencies, self._num_matched, self._num_failed = [], 0, 0
+        return taken
+
+    @contextlib.asynccontextmanager
+    async def _reporting(self) -> AsyncIterator[None]:
+        """Say what ended, now and then; at the end, nothing is left reserved."""
+        reporting = asyncio.create_task(self._report_for_ever())
+        yield
+        await asyncio.sleep(2 * _REPORT_OUTCOMES_S)
+        reporting.cancel()
+
+    async def _report_for_ever(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_OUTCOMES_S)
-            ended = placements[:]
-            placements.clear()
-            await stub.ReportRequests(
-                pb.ReportRequestsRequest(
-                    outcomes=[
-                        pb.RequestOutcome(reservation_id=placed.reservation_id) for placed in ended
-                    ]
-                )
-            )
-
-    reporting = asyncio.create_task(reporter())
-    await asyncio.gather(*map(caller, range(num_callers)))
-    await asyncio.sleep(2 * _REPORT_OUTCOMES_S)
-    reporting.cancel()
-    return latencies, num_matched
+            ended, self._placements = self._placements, []
+            outcomes = [pb.RequestOutcome(reservation_id=p.reservation_id) for p in ended]
+            await self._stub.ReportRequests(pb.ReportRequestsRequest(outcomes=outcomes))
 
 
 def make_messages(num_tokens: int) -> list[pb.ScheduleRequest]:

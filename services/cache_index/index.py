@@ -1,7 +1,7 @@
 """Which workers hold which prefixes: one map from prefix hash to a bit mask. No I/O.
 
 A prefix hash names a whole prefix, so a match needs no tree walk: along a chain of hashes the set
-of workers that hold the page only shrinks, and each point where it does is found by bisection.
+of workers that hold the page only shrinks, and the points where it does are found by bisection.
 The map is cut into shards because a dict of a million entries stalls its caller for 60 ms when it
 grows; a shard's growth takes less than one.
 """
@@ -35,10 +35,15 @@ _SHARD = _NUM_SHARDS - 1
 _SWEEP_PAGES = 64
 # Pages looked at in one call before it spares no page for having been stored again.
 _PATIENCE_PAGES = 8192
-# Walking this many pages takes as long as finding one drop by bisection.
-_PAGES_A_DROP = 32
+# A match finds the deepest ends of holdings exactly, at least this many.
+_EXACT_DROPS = 4
+# Other ends it finds up to this part of the chain: what it says of them may be short by so much.
+_MAX_SPANS = 16
 # Sets of holders whose names are remembered.
 _MAX_NAMES = 4096
+
+# Two pages of a chain, the holders' bits at the first, and those of them left at the second.
+_Span = tuple[int, int, int, int]
 
 
 class Holder:
@@ -186,7 +191,8 @@ class PrefixIndex:
     def match(self, chain: Sequence[int]) -> PrefixMatch:
         """Leading pages of `chain` at every visible holder that has its first page.
 
-        `chain` is best a list: a protobuf container is slower to index.
+        Never too many. Exact where holdings end at no more than _EXACT_DROPS depths; with more,
+        the deepest ends are, and others may be short by 1/_MAX_SPANS of the chain.
         """
         drops = self._drops(chain) if chain else []
         if self._has_lower_tiers:
@@ -242,51 +248,55 @@ class PrefixIndex:
             assert not value >> _FIRST_SLOT_BIT << _FIRST_SLOT_BIT & ~used, "no bit is unowned"
 
     def _drops(self, chain: Sequence[int]) -> list[tuple[int, int]]:
-        """Where holders fall off: (leading pages, bits lost there), depth ascending.
+        """Where holders fall off: (leading pages, bits lost there), deepest first.
 
         With lower tiers a bit stands for its tier or a nearer one; without, only GPU bits are
-        given. Bisection between pages whose bits differ takes about log2(n) look-ups a drop; a
-        chain with drops everywhere is walked, which costs less from there on.
+        given. Bisection between pages whose bits differ takes about log2(n) look-ups a drop, each
+        a few cache misses. So it first only narrows the drops down to spans of 1/_MAX_SPANS of the
+        chain, and looks into these from the deepest on, until _EXACT_DROPS are known.
         """
-        length = len(chain)
-        low, low_bits = 0, self._bits(chain[0])
-        if not low_bits:
+        first_bits = self._bits(chain[0])
+        if not first_bits:
             return []
-        drops: list[tuple[int, int]] = []
-        # Points beyond `low`, nearest last. Past its end nobody holds the chain.
-        known = [(length, 0), (length - 1, self._bits(chain[-1]) & low_bits)]
-        while low_bits and len(drops) * _PAGES_A_DROP <= length:
-            high, high_bits = known[-1]
-            if high_bits == low_bits or high - low <= 1:
-                if high_bits != low_bits:
-                    drops.append((high, low_bits & ~high_bits))
-                low, low_bits = high, high_bits
-                known.pop()
+        last = len(chain) - 1
+        last_bits = self._bits(chain[-1]) & first_bits
+        whole = (0, first_bits, last, last_bits)
+        spans = self._narrow(chain, whole, -(-last // _MAX_SPANS))
+        # Past its end nobody holds the chain.
+        drops = [(last + 1, last_bits)] if last_bits else []
+        for span in reversed(spans):
+            low, low_bits, high, high_bits = span
+            if high - low > 1 and len(drops) < _EXACT_DROPS:
+                exact = self._narrow(chain, span, 1)
+                drops += [(end, before & ~after) for _, before, end, after in reversed(exact)]
             else:
-                middle = (low + high) >> 1
-                known.append((middle, self._bits(chain[middle]) & low_bits))
-        if low_bits:
-            self._walk(chain, low, low_bits, drops)
+                drops.append((low + 1, low_bits & ~high_bits))
         return drops
 
-    def _walk(
-        self, chain: Sequence[int], low: int, low_bits: int, drops: list[tuple[int, int]]
-    ) -> None:
-        """Append the drops beyond page `low`, looking at each page."""
-        shards = self._values
-        last_value = -1
-        for depth in range(low + 1, len(chain)):
-            page = chain[depth]
-            value = shards[page & _SHARD].get(page, 0)
-            if value != last_value:
-                last_value = value
-                bits = self._bits(page) & low_bits
-                if bits != low_bits:
-                    drops.append((depth, low_bits & ~bits))
-                    low_bits = bits
-                    if not bits:
-                        return
-        drops.append((len(chain), low_bits))
+    def _narrow(self, chain: Sequence[int], span: _Span, max_len: int) -> list[_Span]:
+        """The parts of `span`, of at most `max_len` pages, over which bits are lost; in order."""
+        shards, has_lower_tiers = self._values, self._has_lower_tiers
+        low, low_bits, high, high_bits = span
+        found: list[_Span] = []
+        # Known points beyond `high`, nearest last.
+        beyond: list[tuple[int, int]] = []
+        while True:
+            if high_bits == low_bits or high - low <= max_len:
+                if high_bits != low_bits:
+                    found.append((low, low_bits, high, high_bits))
+                if not high_bits or not beyond:
+                    return found
+                low, low_bits = high, high_bits
+                high, high_bits = beyond.pop()
+            else:
+                beyond.append((high, high_bits))
+                high = (low + high) >> 1
+                page = chain[high]
+                if has_lower_tiers:
+                    high_bits = self._bits(page) & low_bits
+                else:
+                    # `low_bits` are visible ones, so this is the same.
+                    high_bits = shards[page & _SHARD].get(page, 0) & low_bits
 
     def _bits(self, page: int) -> int:
         """Bits of visible holders of a page; with lower tiers, each also sets those below it."""
@@ -315,7 +325,8 @@ class PrefixIndex:
 
     def _name(self, gpu_bits: int) -> _Names:
         """The visible holders whose GPU bits these are, remembered until the holders change."""
-        holders = [holder for holder in self._visible if holder.gpu_bit & gpu_bits]
+        slots = [(bit - _FIRST_SLOT_BIT) // NUM_TIERS for bit in _ones(gpu_bits)]
+        holders = [self._owner(slot) for slot in slots]
         names = _Names(
             tuple(holder.worker_id for holder in holders),
             tuple(holder.epoch for holder in holders),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from grpc import aio
 
 from rhizome.cache_index.v1 import cache_index_service_pb2 as pb
 from rhizome.cache_index.v1.cache_index_service_pb2_grpc import CacheIndexServiceServicer
@@ -29,20 +32,14 @@ class CacheIndexServicer(CacheIndexServiceServicer):
     async def MatchPrefix(
         self, request: pb.MatchPrefixRequest, context: Any
     ) -> pb.MatchPrefixResponse:
-        match = self._index.match
-        found = [match(list(chain.prefix_hashes)) for chain in request.chains]
-        return pb.MatchPrefixResponse(
-            matches=[
-                pb.ChainMatch(
-                    worker_ids=columns.worker_ids,
-                    epochs=columns.epochs,
-                    gpu_pages=columns.gpu_pages,
-                    host_pages=columns.host_pages,
-                    remote_pages=columns.remote_pages,
-                )
-                for columns in found
-            ]
-        )
+        return pb.MatchPrefixResponse(matches=self._matches(request.chains))
+
+    async def MatchMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        # Reading and writing by hand costs less a message than the iterator does.
+        while (request := await context.read()) is not aio.EOF:
+            await context.write(
+                pb.MatchManyResponse(number=request.number, matches=self._matches(request.chains))
+            )
 
     async def GetIndexStatus(
         self, request: pb.GetIndexStatusRequest, context: Any
@@ -53,6 +50,19 @@ class CacheIndexServicer(CacheIndexServiceServicer):
             num_prefixes=self._index.num_prefixes,
             max_prefixes=self._index.max_prefixes,
         )
+
+    def _matches(self, chains: Iterable[pb.HashChain]) -> list[pb.ChainMatch]:
+        match = self._index.match
+        return [
+            pb.ChainMatch(
+                worker_ids=columns.worker_ids,
+                epochs=columns.epochs,
+                gpu_pages=columns.gpu_pages,
+                host_pages=columns.host_pages,
+                remote_pages=columns.remote_pages,
+            )
+            for columns in [match(chain.prefix_hashes) for chain in chains]
+        ]
 
 
 def _status(follower: Follower) -> pb.FollowerStatus:

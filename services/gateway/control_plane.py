@@ -13,7 +13,6 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -28,7 +27,6 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import (
     ReportRequestsRequest,
     RequestOutcome,
     ScheduleRequest,
-    ScheduleResponse,
     WatchWorkersRequest,
     WatchWorkersResponse,
     WorkerEntry,
@@ -37,18 +35,14 @@ from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from services.common.errors import (
     InvalidRequestError,
     NotFoundError,
+    RhizomeError,
     UnavailableError,
-    error_from_rpc,
 )
 from services.common.rpc import open_channel
-
-if TYPE_CHECKING:
-    from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceAsyncStub
+from services.gateway.schedule_session import SILENCE_S, ScheduleSession
 
 logger = logging.getLogger(__name__)
 
-# A scheduler says something at least every 500 ms.
-_SILENCE_S = 1.0
 _RECONNECT_S = 0.2
 _REPORT_INTERVAL_S = 0.1
 _REPORT_TIMEOUT_S = 2.0
@@ -147,12 +141,11 @@ class ControlPlane:
         self.addresses = tuple(schedulers)
         self._channels = [open_channel(address) for address in self.addresses]
         self._stubs = [SchedulerServiceStub(channel) for channel in self._channels]
+        self._sessions = [ScheduleSession(stub) for stub in self._stubs]
         # Index of the scheduler that answered last.
         self._preferred = 0
         self._num_choices_on = num_choices_on
         self._outcomes: list[RequestOutcome] = []
-        # Calls that have answered and not ended yet.
-        self._ending: set[object] = set()
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
@@ -165,6 +158,8 @@ class ControlPlane:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._send_outcomes()
+            for session in self._sessions:
+                await session.aclose()
             for channel in self._channels:
                 await channel.close()
 
@@ -175,19 +170,18 @@ class ControlPlane:
 
     async def schedule(self, request: ScheduleRequest) -> Placement:
         """Place one attempt; waits in the scheduler's queue. Raises its verdict."""
-        failure: aio.AioRpcError | None = None
-        for step in range(len(self._stubs)):
-            index = (self._preferred + step) % len(self._stubs)
+        failure: RhizomeError | None = None
+        for step in range(len(self._sessions)):
+            index = (self._preferred + step) % len(self._sessions)
             try:
-                placement = await self._ask(self._stubs[index], request)
-            except aio.AioRpcError as error:
-                if error.code() not in _NOT_A_VERDICT:
-                    raise error_from_rpc(error) from error
+                placed = await self._sessions[index].place(request)
+            except RhizomeError as error:
+                if error.status not in _NOT_A_VERDICT:
+                    raise
                 failure = error
                 continue
-            if placement is not None:
-                self._preferred = index
-                return placement
+            self._preferred = index
+            return placed
         placement = self._place_without_scheduler(request)
         if placement is None:
             raise UnavailableError(
@@ -199,29 +193,6 @@ class ControlPlane:
             placement.worker_id,
         )
         return placement
-
-    async def _ask(
-        self, stub: SchedulerServiceAsyncStub, request: ScheduleRequest
-    ) -> Placement | None:
-        """One scheduler's placement; None when it goes silent."""
-        call = stub.Schedule(request)
-        try:
-            while True:
-                async with asyncio.timeout(_SILENCE_S):
-                    response = await call.read()
-                if not isinstance(response, ScheduleResponse):
-                    return None
-                if response.HasField("placed"):
-                    # Cancelling would give the reservation back, and so would forgetting the call.
-                    self._ending.add(call)
-                    call.add_done_callback(self._ending.discard)
-                    return response.placed
-        except TimeoutError:
-            call.cancel()
-            return None
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
 
     def _place_without_scheduler(self, request: ScheduleRequest) -> Placement | None:
         candidates = [
@@ -256,7 +227,7 @@ class ControlPlane:
             call = self._stubs[index].WatchWorkers(WatchWorkersRequest())
             try:
                 while True:
-                    async with asyncio.timeout(2 * _SILENCE_S):
+                    async with asyncio.timeout(2 * SILENCE_S):
                         response = await call.read()
                     if not isinstance(response, WatchWorkersResponse):
                         break

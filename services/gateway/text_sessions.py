@@ -27,8 +27,8 @@ from services.common.errors import (
     UnavailableError,
     error_from_code,
 )
+from services.common.outbox import Outbox
 from services.gateway.generation import Choice
-from services.gateway.outbox import Outbox
 from services.gateway.tokenizers import TokenizerPool, TokenizerReplica
 
 logger = logging.getLogger(__name__)

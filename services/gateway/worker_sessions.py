@@ -40,9 +40,9 @@ from services.common.errors import (
     error_from_code,
     error_from_rpc,
 )
+from services.common.outbox import MAX_MESSAGE_IDS, Outbox
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
 from services.gateway.generation import Choice, ChoiceFinish
-from services.gateway.outbox import MAX_MESSAGE_IDS, Outbox
 from services.gateway.step_watch import StepWatch
 from services.gateway.text_sessions import TextSession
 from services.gateway.tokenizers import TokenizerPool

@@ -119,6 +119,9 @@ class WorkerTable:
     def has_workers(self, pool: Pool) -> bool:
         return bool(self._views.get(pool))
 
+    def num_workers(self, pool: Pool) -> int:
+        return len(self._views.get(pool, ()))
+
     def num_ready(self, pool: Pool) -> int:
         """Workers that may get new requests."""
         return sum(view.takes_prompts for view in self._views.get(pool, {}).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
@@ -12,10 +13,12 @@ from grpc import aio
 
 from rhizome.cache_index.v1.cache_index_service_pb2 import (
     ChainMatch,
-    HashChain,
+    MatchManyRequest,
+    MatchManyResponse,
     MatchPrefixRequest,
 )
 from rhizome.cache_index.v1.cache_index_service_pb2_grpc import CacheIndexServiceStub
+from services.common.outbox import Outbox
 from services.scheduler.metrics import SchedulerMetrics
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,19 @@ class _Question(NamedTuple):
     answer: asyncio.Future[tuple[WorkerMatch, ...]]
 
 
+class _Asked(NamedTuple):
+    """Questions that travel together, and the timer that ends the wait for their answer."""
+
+    questions: list[_Question]
+    timer: asyncio.TimerHandle
+
+
 class IndexClient:
     """`match` answers within about `deadline_s`, with nothing when the index does not.
 
-    After three failures in a row nobody asks any more, until a probe, sent once a second, is
-    answered in time.
+    All questions go through one call, opened when first needed and again after it broke. After
+    three failures in a row nobody asks any more, until a probe, sent once a second, is answered in
+    time.
     """
 
     def __init__(
@@ -57,8 +68,11 @@ class IndexClient:
         self._questions: list[_Question] = []
         self._collecting_since = 0.0
         self._timer: asyncio.Handle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._num_asking = 0
+        # What the call has not answered yet, by number.
+        self._asked: dict[int, _Asked] = {}
+        self._numbers = itertools.count()
+        self._outbox: Outbox[MatchManyRequest] = Outbox(MatchManyRequest)
+        self._serving: asyncio.Task[None] | None = None
         self._num_failures = 0
         self._probe: asyncio.Task[None] | None = None
 
@@ -81,7 +95,7 @@ class IndexClient:
         if len(self._questions) >= _MAX_CHAINS:
             self._ask()
         elif self._timer is None:
-            if self._num_asking:
+            if self._asked:
                 self._timer = loop.call_later(_WINDOW_S, self._ask)
             else:
                 self._timer = loop.call_soon(self._ask)
@@ -91,7 +105,7 @@ class IndexClient:
         """Stop what is under way."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = [*self._tasks, *([] if self._probe is None else [self._probe])]
+        tasks = [task for task in (self._serving, self._probe) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -102,42 +116,72 @@ class IndexClient:
             self._timer = None
         questions = [question for question in self._questions if not question.answer.done()]
         self._questions = []
-        if questions:
-            waited_s = asyncio.get_running_loop().time() - self._collecting_since
-            timeout_s = max(0.0, self._deadline_s - waited_s)
-            task = asyncio.create_task(self._answer(questions, timeout_s))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if not questions:
+            return
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        timeout_s = max(0.0, self._deadline_s - (loop.time() - self._collecting_since))
+        self._asked[number] = _Asked(questions, loop.call_later(timeout_s, self._give_up, number))
+        if self._serving is None:
+            # What a broken call left unsent was given up with it.
+            self._outbox.clear()
+            self._serving = asyncio.create_task(self._serve())
+        request = MatchManyRequest(number=number)
+        for question in questions:
+            request.chains.add(prefix_hashes=question.prefix_hashes)
+        self._outbox.push(request)
 
-    async def _answer(self, questions: list[_Question], timeout_s: float) -> None:
-        request = MatchPrefixRequest(
-            chains=[HashChain(prefix_hashes=question.prefix_hashes) for question in questions]
-        )
-        answers: list[tuple[WorkerMatch, ...]] = []
-        self._num_asking += 1
+    async def _serve(self) -> None:
+        """One call, from its opening to its end."""
+        call = self._stub.MatchMany()
+        writer = asyncio.create_task(self._outbox.drain(call))
+        reason = "the index ended the call"
         try:
-            response = await self._stub.MatchPrefix(request, timeout=timeout_s)
-            answers = [_worker_matches(match) for match in response.matches]
-            self._num_failures = 0
+            while isinstance(response := await call.read(), MatchManyResponse):
+                self._take(response)
         except aio.AioRpcError as error:
-            self._note_failure(error)
+            reason = f"{error.code().name}: {error.details()}"
         finally:
-            self._num_asking -= 1
-            answers += [()] * (len(questions) - len(answers))
-            for question, answer in zip(questions, answers, strict=False):
-                if not question.answer.done():
-                    question.answer.set_result(answer)
-        if self._questions and not self._num_asking:
+            self._serving = None
+            call.cancel()
+            writer.cancel()
+            self._lose_asked(reason)
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def _lose_asked(self, reason: str) -> None:
+        asked, self._asked = self._asked, {}
+        for lost in asked.values():
+            _settle(lost, [])
+        if asked:
+            self._note_failure(reason)
+        if self._questions:
             self._ask()
 
-    def _note_failure(self, error: aio.AioRpcError) -> None:
+    def _take(self, response: MatchManyResponse) -> None:
+        asked = self._asked.pop(response.number, None)
+        if asked is None:
+            # It came too late.
+            return
+        self._num_failures = 0
+        _settle(asked, [_worker_matches(match) for match in response.matches])
+        if self._questions and not self._asked:
+            self._ask()
+
+    def _give_up(self, number: int) -> None:
+        _settle(self._asked.pop(number), [])
+        self._note_failure("no answer in time")
+        if self._questions and not self._asked:
+            self._ask()
+
+    def _note_failure(self, reason: str) -> None:
         self._metrics.index_failures.inc()
         self._num_failures += 1
         if self.is_skipped and self._probe is None:
-            logger.warning(
-                "event=index_skipped code=%s detail=%r", error.code().name, error.details()
-            )
+            logger.warning("event=index_skipped reason=%r", reason)
             self._probe = asyncio.create_task(self._probe_until_answered())
+            if self._serving is not None:
+                # It may be full of what the index did not read.
+                self._serving.cancel()
 
     async def _probe_until_answered(self) -> None:
         while True:
@@ -168,3 +212,11 @@ async def index_client(
 
 def _worker_matches(match: ChainMatch) -> tuple[WorkerMatch, ...]:
     return tuple(map(WorkerMatch, match.worker_ids, match.epochs, match.host_pages))
+
+
+def _settle(asked: _Asked, answers: list[tuple[WorkerMatch, ...]]) -> None:
+    asked.timer.cancel()
+    answers += [()] * (len(asked.questions) - len(answers))
+    for question, answer in zip(asked.questions, answers, strict=False):
+        if not question.answer.done():
+            question.answer.set_result(answer)

@@ -138,6 +138,31 @@ class Placer:
             self._pump(ticket.pool)
             ticket.has_waited = not ticket.is_settled
 
+    def has_choice(self, ticket: Ticket) -> bool:
+        """Whether what the index says could change where the ticket goes."""
+        return self._table.num_workers(ticket.pool) > 1
+
+    def correct(self, ticket: Ticket, matches: tuple[WorkerMatch, ...]) -> None:
+        """Take in what the index says of a ticket that was placed without asking it.
+
+        Of the chosen worker only, and never less than was predicted. The overlay has the ticket's
+        own pages by now, so it is not asked again.
+        """
+        reservation = ticket.reservation
+        if reservation is None:
+            return
+        worker, request = reservation.worker, ticket.request
+        view = self._table.get(worker.worker_id)
+        names = (worker.worker_id, worker.epoch)
+        num_pages = max(
+            (m.num_pages for m in matches if (m.worker_id, m.epoch) == names), default=0
+        )
+        cached = min(num_pages * worker.page_size, max(0, request.num_prompt_tokens - 1))
+        if view is None or cached <= reservation.predicted_cached_tokens:
+            return
+        self._reservations.correct(reservation, _charge(request, view, cached), cached)
+        self._pump(ticket.pool)
+
     def leave(self, ticket: Ticket) -> None:
         """A caller went away; the last one gives place and reservation back."""
         ticket.num_callers -= 1

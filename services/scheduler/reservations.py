@@ -97,6 +97,16 @@ class ReservationBook:
         self._table.add_charge(worker, charge)
         return reservation
 
+    def correct(self, reservation: Reservation, charge: Charge, cached_tokens: int) -> None:
+        """A better prediction came; without effect once the reservation has ended."""
+        if reservation.reservation_id not in self._live:
+            return
+        if reservation.charged:
+            self._table.remove_charge(reservation.worker, reservation.charge)
+            self._table.add_charge(reservation.worker, charge)
+        reservation.charge = charge
+        reservation.predicted_cached_tokens = cached_tokens
+
     def has_suspect(self, worker: Worker) -> bool:
         """Whether a request is placed there that killed workers, perhaps."""
         return any(each.is_suspect for each in self._by_worker.get(worker, {}).values())

@@ -28,6 +28,7 @@ from services.scheduler.pools import (
     protocol_mismatch,
 )
 from services.scheduler.queue import Ticket
+from services.scheduler.schedule_stream import Answer, ScheduleStream
 from services.scheduler.watch import TableWatch
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,10 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._lease_s = lease_s
 
     async def Schedule(self, request: pb.ScheduleRequest, context: Any) -> None:  # type: ignore[override]
-        try:
-            await self._schedule(request, context)
-        except RhizomeError as error:
-            self._metrics.failures.labels(error.status.name).inc()
-            raise
+        await self._schedule(request, context.write)
+
+    async def ScheduleMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        await ScheduleStream(self._schedule).run(context)
 
     async def ReportRequests(
         self, request: pb.ReportRequestsRequest, context: Any
@@ -121,31 +121,42 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         logger.info("event=worker_drain worker=%s reason=%r", request.worker_id, request.reason)
         return pb.DrainWorkerResponse()
 
-    async def _schedule(self, message: pb.ScheduleRequest, context: Any) -> None:
+    async def _schedule(self, message: pb.ScheduleRequest, answer: Answer) -> None:
+        try:
+            await self._place(message, answer)
+        except RhizomeError as error:
+            self._metrics.failures.labels(error.status.name).inc()
+            raise
+
+    async def _place(self, message: pb.ScheduleRequest, answer: Answer) -> None:
         request = wire.placement_request(message)
         reservation = self._placer.find_reservation(request.key)
         if reservation is not None:
-            await context.write(wire.placed_response(reservation))
+            await answer(wire.placed_response(reservation))
             return
         ticket, is_new = self._placer.open_ticket(
             request, wire.remaining_s(message), wire.age_s(message, time.time())
         )
+        # With one worker the index could change what is charged, but not the answer.
+        ask_first = is_new and self._placer.has_choice(ticket)
         try:
             if is_new:
-                self._placer.enqueue(ticket, await self._match(request))
+                self._placer.enqueue(ticket, await self._match(request) if ask_first else ())
             if not ticket.is_settled:
-                await self._wait(ticket, context)
+                await self._wait(ticket, answer)
             if ticket.error is not None:
                 raise ticket.error
             assert ticket.reservation is not None, "settled without an error"
             # A caller may cancel as soon as it has read this, so from here on the placement
             # stands; one that never arrives expires unadmitted.
             ticket.is_delivered = True
-            await context.write(wire.placed_response(ticket.reservation))
+            await answer(wire.placed_response(ticket.reservation))
+            if is_new and not ask_first:
+                self._placer.correct(ticket, await self._match(request))
         finally:
             self._placer.leave(ticket)
 
-    async def _wait(self, ticket: Ticket, context: Any) -> None:
+    async def _wait(self, ticket: Ticket, answer: Answer) -> None:
         """Until the ticket is settled, say how many are ahead and keep its matches fresh."""
         settled = asyncio.Event()
         ticket.listeners.append(settled.set)
@@ -157,7 +168,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
             if ticket.is_settled:
                 return
             position = self._placer.position(ticket)
-            await context.write(wire.queued_response(position))
+            await answer(wire.queued_response(position))
             delay = _QUEUED_INTERVAL_S
             if position < _REFRESH_POSITIONS:
                 self._placer.enqueue(ticket, await self._match(ticket.request))

@@ -14,7 +14,7 @@ from rhizome.common.v1.worker_role_pb2 import (
     WORKER_ROLE_PREFILL,
 )
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb
-from services.common.errors import InvalidRequestError
+from services.common.errors import InvalidRequestError, OverloadedError, RhizomeError
 from services.scheduler.accounting import Outcome
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.endpoints import PoolLimits, WorkerTable
@@ -62,7 +62,8 @@ def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
         request_id=message.request_id,
         attempt=message.attempt,
         model=message.model,
-        prefix_hashes=list(message.prefix_hashes),
+        # The message's own container: copying it into a question to the index costs nothing.
+        prefix_hashes=message.prefix_hashes,
         num_prompt_tokens=message.num_prompt_tokens,
         max_new_tokens=message.max_new_tokens,
         num_choices=max(1, message.num_choices),
@@ -99,6 +100,15 @@ def placed_response(reservation: Reservation) -> pb.ScheduleResponse:
             queued_for=_duration(reservation.queued_for_s),
         )
     )
+
+
+def schedule_failure(error: RhizomeError) -> pb.ScheduleFailure:
+    failure = pb.ScheduleFailure(code=error.code, message=error.message)
+    if isinstance(error, InvalidRequestError) and error.param is not None:
+        failure.param = error.param
+    if isinstance(error, OverloadedError):
+        failure.retry_after.CopyFrom(_duration(error.retry_after_s))
+    return failure
 
 
 def queued_response(position: int) -> pb.ScheduleResponse:

@@ -110,9 +110,15 @@ async def registered_worker(
 
 
 class FakeIndex(index_pb_grpc.CacheIndexServiceServicer):
-    """Answers from `pages` (first hash -> worker -> pages), or not at all while `hangs`."""
+    """Answers from `pages` (first hash -> worker -> pages), or not at all while `hangs`.
+
+    What it did not answer on a call it answers when released. Calls end while `breaks` is set.
+    """
 
     def __init__(self) -> None:
+        self.breaks = asyncio.Event()
+        self._held: list[index_pb.MatchManyRequest] = []
+        self._overdue: list[index_pb.MatchManyRequest] = []
         self.pages: dict[int, Mapping[str, int]] = {}
         self.hangs = False
         self.num_questions = 0
@@ -128,6 +134,32 @@ class FakeIndex(index_pb_grpc.CacheIndexServiceServicer):
         return index_pb.MatchPrefixResponse(
             matches=[self._match(chain.prefix_hashes) for chain in request.chains]
         )
+
+    async def MatchMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        answering = asyncio.create_task(self._answer(request_iterator, context))
+        breaking = asyncio.create_task(self.breaks.wait())
+        await asyncio.wait((answering, breaking), return_when=asyncio.FIRST_COMPLETED)
+        answering.cancel()
+        breaking.cancel()
+        await asyncio.gather(answering, breaking, return_exceptions=True)
+
+    def release(self) -> None:
+        """Let the next answer bring those before it that are overdue."""
+        self._overdue, self._held = self._held, []
+
+    async def _answer(self, request_iterator: Any, context: Any) -> None:
+        async for request in request_iterator:
+            self.num_questions += 1
+            self.num_chains += len(request.chains)
+            if self.hangs:
+                self._held.append(request)
+                continue
+            for question in (*self._overdue, request):
+                matches = [self._match(chain.prefix_hashes) for chain in question.chains]
+                await context.write(
+                    index_pb.MatchManyResponse(number=question.number, matches=matches)
+                )
+            self._overdue.clear()
 
     def _match(self, prefix_hashes: Sequence[int]) -> index_pb.ChainMatch:
         held = self.pages.get(prefix_hashes[0], {})

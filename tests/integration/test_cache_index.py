@@ -107,6 +107,14 @@ async def test_a_batch_of_chains_is_answered_in_order() -> None:
         )
         assert [list(match.gpu_pages) for match in response.matches] == [[2], [], [], [5]]
         assert response.matches[0].epochs == [a.epoch]
+        call = s.stub.MatchMany()
+        for number in (7, 8):
+            asked = [pb.HashChain(prefix_hashes=chain) for chain in chains[number - 7 :]]
+            await call.write(pb.MatchManyRequest(number=number, chains=asked))
+        for number in (7, 8):
+            answer = await call.read()
+            assert answer.number == number
+            assert list(answer.matches) == list(response.matches)[number - 7 :]
 
 
 async def test_evictions_and_flushes_reach_the_index() -> None:

@@ -78,3 +78,28 @@ async def test_after_three_failures_nobody_waits(connected: Fixture) -> None:
     assert await asyncio.gather(*(connected.client.match([1]) for _ in range(50))) == [()] * 50
     assert connected.index.num_questions == asked
     assert connected.metrics.value("index_skipped_total") == 50
+
+
+async def test_an_answer_that_comes_too_late_is_for_nobody(connected: Fixture) -> None:
+    connected.index.pages = {1: {"late": 1}, 2: {"w": 2}}
+    connected.index.hangs = True
+    assert await connected.client.match([1]) == ()
+    connected.index.release()
+    connected.index.hangs = False
+    assert await connected.client.match([2]) == (WorkerMatch("w", 1, 2),)
+
+
+async def test_a_broken_call_is_one_failure_and_the_next_question_opens_another(
+    connected: Fixture,
+) -> None:
+    connected.index.pages[1] = {"w": 5}
+    connected.index.hangs = True
+    questions = [asyncio.create_task(connected.client.match([1])) for _ in range(5)]
+    while connected.index.num_chains < 5:
+        await asyncio.sleep(0.01)
+    connected.index.breaks.set()
+    assert await asyncio.gather(*questions) == [()] * 5
+    assert connected.metrics.value("index_failures_total") == 1
+    connected.index.breaks.clear()
+    connected.index.hangs = False
+    assert await connected.client.match([1]) == (WorkerMatch("w", 1, 5),)

@@ -151,6 +151,55 @@ class ChainMatch(_message.Message):
 Global___ChainMatch: _TypeAlias = ChainMatch  # noqa: Y015
 
 @_typing.final
+class MatchManyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHAINS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Comes back with the answer."""
+    @_builtins.property
+    def chains(self) -> _containers.RepeatedCompositeFieldContainer[Global___HashChain]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        chains: _abc.Iterable[Global___HashChain] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatchManyRequest: _TypeAlias = MatchManyRequest  # noqa: Y015
+
+@_typing.final
+class MatchManyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MATCHES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    @_builtins.property
+    def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainMatch]:
+        """One a chain, in order."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        matches: _abc.Iterable[Global___ChainMatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatchManyResponse: _TypeAlias = MatchManyResponse  # noqa: Y015
+
+@_typing.final
 class GetIndexStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

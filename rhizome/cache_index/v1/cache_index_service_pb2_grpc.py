@@ -42,6 +42,11 @@ class CacheIndexServiceStub:
                 request_serializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixRequest.SerializeToString,
                 response_deserializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixResponse.FromString,
                 _registered_method=True)
+        self.MatchMany = channel.stream_stream(
+                '/rhizome.cache_index.v1.CacheIndexService/MatchMany',
+                request_serializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyRequest.SerializeToString,
+                response_deserializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyResponse.FromString,
+                _registered_method=True)
         self.GetIndexStatus = channel.unary_unary(
                 '/rhizome.cache_index.v1.CacheIndexService/GetIndexStatus',
                 request_serializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.GetIndexStatusRequest.SerializeToString,
@@ -58,7 +63,16 @@ class CacheIndexServiceServicer:
     def MatchPrefix(self, request, context):
         """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
         each worker holds. Workers that hold none are left out. A chain nobody
-        knows gives an empty result, not an error.
+        knows gives an empty result, not an error. Where holdings end at many depths,
+        the deepest counts are exact, and others may be short by 1/16 of the chain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MatchMany(self, request_iterator, context):
+        """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+        all questions and answers each, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +92,11 @@ def add_CacheIndexServiceServicer_to_server(servicer, server):
                     servicer.MatchPrefix,
                     request_deserializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixRequest.FromString,
                     response_serializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixResponse.SerializeToString,
+            ),
+            'MatchMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.MatchMany,
+                    request_deserializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyRequest.FromString,
+                    response_serializer=rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyResponse.SerializeToString,
             ),
             'GetIndexStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetIndexStatus,
@@ -115,6 +134,33 @@ class CacheIndexService:
             '/rhizome.cache_index.v1.CacheIndexService/MatchPrefix',
             rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixRequest.SerializeToString,
             rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MatchMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/rhizome.cache_index.v1.CacheIndexService/MatchMany',
+            rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyRequest.SerializeToString,
+            rhizome_dot_cache__index_dot_v1_dot_cache__index__service__pb2.MatchManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,7 +39,12 @@ class CacheIndexServiceStub:
     MatchPrefix: _grpc.UnaryUnaryMultiCallable[_cache_index_service_pb2.MatchPrefixRequest, _cache_index_service_pb2.MatchPrefixResponse]
     """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
     each worker holds. Workers that hold none are left out. A chain nobody
-    knows gives an empty result, not an error.
+    knows gives an empty result, not an error. Where holdings end at many depths,
+    the deepest counts are exact, and others may be short by 1/16 of the chain.
+    """
+    MatchMany: _grpc.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]
+    """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+    all questions and answers each, in order.
     """
     GetIndexStatus: _grpc.UnaryUnaryMultiCallable[_cache_index_service_pb2.GetIndexStatusRequest, _cache_index_service_pb2.GetIndexStatusResponse]
     """GetIndexStatus tells how far each follower is and how much it holds."""
@@ -55,7 +60,12 @@ class CacheIndexServiceAsyncStub(CacheIndexServiceStub):
     MatchPrefix: _aio.UnaryUnaryMultiCallable[_cache_index_service_pb2.MatchPrefixRequest, _cache_index_service_pb2.MatchPrefixResponse]  # type: ignore[assignment]
     """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
     each worker holds. Workers that hold none are left out. A chain nobody
-    knows gives an empty result, not an error.
+    knows gives an empty result, not an error. Where holdings end at many depths,
+    the deepest counts are exact, and others may be short by 1/16 of the chain.
+    """
+    MatchMany: _aio.StreamStreamMultiCallable[_cache_index_service_pb2.MatchManyRequest, _cache_index_service_pb2.MatchManyResponse]  # type: ignore[assignment]
+    """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+    all questions and answers each, in order.
     """
     GetIndexStatus: _aio.UnaryUnaryMultiCallable[_cache_index_service_pb2.GetIndexStatusRequest, _cache_index_service_pb2.GetIndexStatusResponse]  # type: ignore[assignment]
     """GetIndexStatus tells how far each follower is and how much it holds."""
@@ -74,7 +84,18 @@ class CacheIndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cache_index_service_pb2.MatchPrefixResponse, _abc.Awaitable[_cache_index_service_pb2.MatchPrefixResponse]]:
         """MatchPrefix finds, for each chain of prefix hashes, how many leading pages
         each worker holds. Workers that hold none are left out. A chain nobody
-        knows gives an empty result, not an error.
+        knows gives an empty result, not an error. Where holdings end at many depths,
+        the deepest counts are exact, and others may be short by 1/16 of the chain.
+        """
+
+    @_abc_1.abstractmethod
+    def MatchMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_cache_index_service_pb2.MatchManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_index_service_pb2.MatchManyResponse], _abc.AsyncIterator[_cache_index_service_pb2.MatchManyResponse]]:
+        """MatchMany is MatchPrefix for callers that ask all the time: one call carries
+        all questions and answers each, in order.
         """
 
     @_abc_1.abstractmethod

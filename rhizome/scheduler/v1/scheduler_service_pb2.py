@@ -28,7 +28,7 @@ from rhizome.common.v1 import pool_identity_pb2 as rhizome_dot_common_dot_v1_dot
 from rhizome.common.v1 import worker_role_pb2 as rhizome_dot_common_dot_v1_dot_worker__role__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,rhizome/scheduler/v1/scheduler_service.proto\x12\x14rhizome.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%rhizome/common/v1/pool_identity.proto\x1a#rhizome/common/v1/worker_role.proto\"\xec\x02\n\x0fScheduleRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprefix_hashes\x18\x04 \x03(\x06\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x13\n\x0bnum_choices\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x31\n\rfirst_arrival\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x0c \x03(\t\x12\x12\n\nsession_id\x18\r \x01(\t\x12\x12\n\nnum_losses\x18\x0e \x01(\r\"~\n\x10ScheduleResponse\x12.\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.rhizome.scheduler.v1.QueuedH\x00\x12\x31\n\x06placed\x18\x02 \x01(\x0b\x32\x1f.rhizome.scheduler.v1.PlacementH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"\xb6\x01\n\tPlacement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x16\n\x0ereservation_id\x18\x04 \x01(\x06\x12\x1f\n\x17predicted_cached_tokens\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12-\n\nqueued_for\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x15ReportRequestsRequest\x12\x36\n\x08outcomes\x18\x01 \x03(\x0b\x32$.rhizome.scheduler.v1.RequestOutcome\"\x9e\x02\n\x0eRequestOutcome\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x06\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x15\n\routput_tokens\x18\x08 \x01(\r\x12\x36\n\x13time_to_first_token\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x18\n\x16ReportRequestsResponse\"\x94\x01\n\x15RegisterWorkerRequest\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\'.rhizome.scheduler.v1.WorkerDescriptionH\x00\x12\x30\n\x04load\x18\x02 \x01(\x0b\x32 .rhizome.scheduler.v1.LoadReportH\x00\x42\t\n\x07message\"\xbd\x03\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x31\n\x08identity\x18\x04 \x01(\x0b\x32\x1f.rhizome.common.v1.PoolIdentity\x12\x32\n\x08protocol\x18\x05 \x01(\x0b\x32 .rhizome.common.v1.ProtocolRange\x12+\n\x04role\x18\x06 \x01(\x0e\x32\x1d.rhizome.common.v1.WorkerRole\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12\x1d\n\x15max_running_sequences\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x0f\n\x07tp_size\x18\n \x01(\r\x12\x43\n\x06labels\x18\x0b \x03(\x0b\x32\x33.rhizome.scheduler.v1.WorkerDescription.LabelsEntry\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbb\x03\n\nLoadReport\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12#\n\x1bnum_waiting_uncached_tokens\x18\x04 \x01(\x04\x12\x16\n\x0enum_free_pages\x18\x05 \x01(\r\x12\x1b\n\x13num_evictable_pages\x18\x06 \x01(\r\x12\x1a\n\x12\x65ngine_step_number\x18\x07 \x01(\x04\x12\x19\n\x11predicted_step_ns\x18\x08 \x01(\x04\x12 \n\x18\x61\x64mitted_reservation_ids\x18\t \x03(\x06\x12\x1d\n\x15\x65nded_reservation_ids\x18\n \x03(\x06\x12\x33\n\ncost_model\x18\x0b \x01(\x0b\x32\x1f.rhizome.scheduler.v1.CostModel\x12\x18\n\x10\x65viction_cost_ns\x18\x0c \x03(\x01\x12\"\n\x1anum_running_context_tokens\x18\r \x01(\x04\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x13\n\x0b\x65ngine_busy\x18\x0f \x01(\x08\"\xa9\x01\n\tCostModel\x12\x17\n\x0fprefill_base_ns\x18\x01 \x01(\x01\x12\x18\n\x10prefill_token_ns\x18\x02 \x01(\x01\x12\x1a\n\x12prefill_context_ns\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_base_ns\x18\x04 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_sequence_ns\x18\x05 \x01(\x01\x12\x19\n\x11\x64\x65\x63ode_context_ns\x18\x06 \x01(\x01\"\xb7\x01\n\x16RegisterWorkerResponse\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.rhizome.scheduler.v1.AcceptedH\x00\x12\x30\n\x07refused\x18\x02 \x01(\x0b\x32\x1d.rhizome.scheduler.v1.RefusedH\x00\x12,\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x1b.rhizome.scheduler.v1.DrainH\x00\x42\t\n\x07message\"O\n\x08\x41\x63\x63\x65pted\x12\x19\n\x11protocol_revision\x18\x01 \x01(\r\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x07Refused\x12\x32\n\nmismatches\x18\x01 \x03(\x0b\x32\x1e.rhizome.scheduler.v1.Mismatch\"C\n\x08Mismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x14\n\x0cworker_value\x18\x02 \x01(\t\x12\x12\n\npool_value\x18\x03 \x01(\t\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13WatchWorkersRequest\"k\n\x14WatchWorkersResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12)\n\x05pools\x18\x03 \x03(\x0b\x32\x1a.rhizome.scheduler.v1.Pool\"\x99\x01\n\x04Pool\x12\x31\n\x08identity\x18\x01 \x01(\x0b\x32\x1f.rhizome.common.v1.PoolIdentity\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x32\n\x07workers\x18\x04 \x03(\x0b\x32!.rhizome.scheduler.v1.WorkerEntry\"\xfb\x01\n\x0bWorkerEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.rhizome.scheduler.v1.WorkerState\x12+\n\x04role\x18\x05 \x01(\x0e\x32\x1d.rhizome.common.v1.WorkerRole\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1d\n\x15max_running_sequences\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13\x44rainWorkerResponse*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x32\x9a\x04\n\x10SchedulerService\x12[\n\x08Schedule\x12%.rhizome.scheduler.v1.ScheduleRequest\x1a&.rhizome.scheduler.v1.ScheduleResponse0\x01\x12k\n\x0eReportRequests\x12+.rhizome.scheduler.v1.ReportRequestsRequest\x1a,.rhizome.scheduler.v1.ReportRequestsResponse\x12o\n\x0eRegisterWorker\x12+.rhizome.scheduler.v1.RegisterWorkerRequest\x1a,.rhizome.scheduler.v1.RegisterWorkerResponse(\x01\x30\x01\x12g\n\x0cWatchWorkers\x12).rhizome.scheduler.v1.WatchWorkersRequest\x1a*.rhizome.scheduler.v1.WatchWorkersResponse0\x01\x12\x62\n\x0b\x44rainWorker\x12(.rhizome.scheduler.v1.DrainWorkerRequest\x1a).rhizome.scheduler.v1.DrainWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,rhizome/scheduler/v1/scheduler_service.proto\x12\x14rhizome.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%rhizome/common/v1/pool_identity.proto\x1a#rhizome/common/v1/worker_role.proto\"\xec\x02\n\x0fScheduleRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprefix_hashes\x18\x04 \x03(\x06\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x13\n\x0bnum_choices\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x31\n\rfirst_arrival\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x0c \x03(\t\x12\x12\n\nsession_id\x18\r \x01(\t\x12\x12\n\nnum_losses\x18\x0e \x01(\r\"~\n\x10ScheduleResponse\x12.\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.rhizome.scheduler.v1.QueuedH\x00\x12\x31\n\x06placed\x18\x02 \x01(\x0b\x32\x1f.rhizome.scheduler.v1.PlacementH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"\xb6\x01\n\tPlacement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x16\n\x0ereservation_id\x18\x04 \x01(\x06\x12\x1f\n\x17predicted_cached_tokens\x18\x05 \x01(\r\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12-\n\nqueued_for\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\\\n\x13ScheduleManyRequest\x12\x34\n\x07\x65ntries\x18\x01 \x03(\x0b\x32#.rhizome.scheduler.v1.ScheduleEntry\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\"W\n\rScheduleEntry\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32%.rhizome.scheduler.v1.ScheduleRequest\"M\n\x14ScheduleManyResponse\x12\x35\n\x07\x61nswers\x18\x01 \x03(\x0b\x32$.rhizome.scheduler.v1.ScheduleAnswer\"\xc5\x01\n\x0eScheduleAnswer\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12.\n\x06queued\x18\x02 \x01(\x0b\x32\x1c.rhizome.scheduler.v1.QueuedH\x00\x12\x31\n\x06placed\x18\x03 \x01(\x0b\x32\x1f.rhizome.scheduler.v1.PlacementH\x00\x12\x37\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32%.rhizome.scheduler.v1.ScheduleFailureH\x00\x42\x07\n\x05\x65vent\"~\n\x0fScheduleFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06_param\"O\n\x15ReportRequestsRequest\x12\x36\n\x08outcomes\x18\x01 \x03(\x0b\x32$.rhizome.scheduler.v1.RequestOutcome\"\x9e\x02\n\x0eRequestOutcome\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x06\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\x05\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x15\n\routput_tokens\x18\x08 \x01(\r\x12\x36\n\x13time_to_first_token\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x18\n\x16ReportRequestsResponse\"\x94\x01\n\x15RegisterWorkerRequest\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\'.rhizome.scheduler.v1.WorkerDescriptionH\x00\x12\x30\n\x04load\x18\x02 \x01(\x0b\x32 .rhizome.scheduler.v1.LoadReportH\x00\x42\t\n\x07message\"\xbd\x03\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x31\n\x08identity\x18\x04 \x01(\x0b\x32\x1f.rhizome.common.v1.PoolIdentity\x12\x32\n\x08protocol\x18\x05 \x01(\x0b\x32 .rhizome.common.v1.ProtocolRange\x12+\n\x04role\x18\x06 \x01(\x0e\x32\x1d.rhizome.common.v1.WorkerRole\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12\x1d\n\x15max_running_sequences\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x0f\n\x07tp_size\x18\n \x01(\r\x12\x43\n\x06labels\x18\x0b \x03(\x0b\x32\x33.rhizome.scheduler.v1.WorkerDescription.LabelsEntry\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbb\x03\n\nLoadReport\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12#\n\x1bnum_waiting_uncached_tokens\x18\x04 \x01(\x04\x12\x16\n\x0enum_free_pages\x18\x05 \x01(\r\x12\x1b\n\x13num_evictable_pages\x18\x06 \x01(\r\x12\x1a\n\x12\x65ngine_step_number\x18\x07 \x01(\x04\x12\x19\n\x11predicted_step_ns\x18\x08 \x01(\x04\x12 \n\x18\x61\x64mitted_reservation_ids\x18\t \x03(\x06\x12\x1d\n\x15\x65nded_reservation_ids\x18\n \x03(\x06\x12\x33\n\ncost_model\x18\x0b \x01(\x0b\x32\x1f.rhizome.scheduler.v1.CostModel\x12\x18\n\x10\x65viction_cost_ns\x18\x0c \x03(\x01\x12\"\n\x1anum_running_context_tokens\x18\r \x01(\x04\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x13\n\x0b\x65ngine_busy\x18\x0f \x01(\x08\"\xa9\x01\n\tCostModel\x12\x17\n\x0fprefill_base_ns\x18\x01 \x01(\x01\x12\x18\n\x10prefill_token_ns\x18\x02 \x01(\x01\x12\x1a\n\x12prefill_context_ns\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_base_ns\x18\x04 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_sequence_ns\x18\x05 \x01(\x01\x12\x19\n\x11\x64\x65\x63ode_context_ns\x18\x06 \x01(\x01\"\xb7\x01\n\x16RegisterWorkerResponse\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.rhizome.scheduler.v1.AcceptedH\x00\x12\x30\n\x07refused\x18\x02 \x01(\x0b\x32\x1d.rhizome.scheduler.v1.RefusedH\x00\x12,\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x1b.rhizome.scheduler.v1.DrainH\x00\x42\t\n\x07message\"O\n\x08\x41\x63\x63\x65pted\x12\x19\n\x11protocol_revision\x18\x01 \x01(\r\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x07Refused\x12\x32\n\nmismatches\x18\x01 \x03(\x0b\x32\x1e.rhizome.scheduler.v1.Mismatch\"C\n\x08Mismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x14\n\x0cworker_value\x18\x02 \x01(\t\x12\x12\n\npool_value\x18\x03 \x01(\t\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13WatchWorkersRequest\"k\n\x14WatchWorkersResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12)\n\x05pools\x18\x03 \x03(\x0b\x32\x1a.rhizome.scheduler.v1.Pool\"\x99\x01\n\x04Pool\x12\x31\n\x08identity\x18\x01 \x01(\x0b\x32\x1f.rhizome.common.v1.PoolIdentity\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x32\n\x07workers\x18\x04 \x03(\x0b\x32!.rhizome.scheduler.v1.WorkerEntry\"\xfb\x01\n\x0bWorkerEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.rhizome.scheduler.v1.WorkerState\x12+\n\x04role\x18\x05 \x01(\x0e\x32\x1d.rhizome.common.v1.WorkerRole\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1d\n\x15max_running_sequences\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13\x44rainWorkerResponse*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x32\x85\x05\n\x10SchedulerService\x12[\n\x08Schedule\x12%.rhizome.scheduler.v1.ScheduleRequest\x1a&.rhizome.scheduler.v1.ScheduleResponse0\x01\x12i\n\x0cScheduleMany\x12).rhizome.scheduler.v1.ScheduleManyRequest\x1a*.rhizome.scheduler.v1.ScheduleManyResponse(\x01\x30\x01\x12k\n\x0eReportRequests\x12+.rhizome.scheduler.v1.ReportRequestsRequest\x1a,.rhizome.scheduler.v1.ReportRequestsResponse\x12o\n\x0eRegisterWorker\x12+.rhizome.scheduler.v1.RegisterWorkerRequest\x1a,.rhizome.scheduler.v1.RegisterWorkerResponse(\x01\x30\x01\x12g\n\x0cWatchWorkers\x12).rhizome.scheduler.v1.WatchWorkersRequest\x1a*.rhizome.scheduler.v1.WatchWorkersResponse0\x01\x12\x62\n\x0b\x44rainWorker\x12(.rhizome.scheduler.v1.DrainWorkerRequest\x1a).rhizome.scheduler.v1.DrainWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERDESCRIPTION_LABELSENTRY']._loaded_options = None
   _globals['_WORKERDESCRIPTION_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERSTATE']._serialized_start=3578
-  _globals['_WORKERSTATE']._serialized_end=3698
+  _globals['_WORKERSTATE']._serialized_start=4168
+  _globals['_WORKERSTATE']._serialized_end=4288
   _globals['_SCHEDULEREQUEST']._serialized_start=212
   _globals['_SCHEDULEREQUEST']._serialized_end=576
   _globals['_SCHEDULERESPONSE']._serialized_start=578
@@ -47,44 +47,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUEUED']._serialized_end=732
   _globals['_PLACEMENT']._serialized_start=735
   _globals['_PLACEMENT']._serialized_end=917
-  _globals['_REPORTREQUESTSREQUEST']._serialized_start=919
-  _globals['_REPORTREQUESTSREQUEST']._serialized_end=998
-  _globals['_REQUESTOUTCOME']._serialized_start=1001
-  _globals['_REQUESTOUTCOME']._serialized_end=1287
-  _globals['_REPORTREQUESTSRESPONSE']._serialized_start=1289
-  _globals['_REPORTREQUESTSRESPONSE']._serialized_end=1313
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=1316
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=1464
-  _globals['_WORKERDESCRIPTION']._serialized_start=1467
-  _globals['_WORKERDESCRIPTION']._serialized_end=1912
-  _globals['_WORKERDESCRIPTION_LABELSENTRY']._serialized_start=1867
-  _globals['_WORKERDESCRIPTION_LABELSENTRY']._serialized_end=1912
-  _globals['_LOADREPORT']._serialized_start=1915
-  _globals['_LOADREPORT']._serialized_end=2358
-  _globals['_COSTMODEL']._serialized_start=2361
-  _globals['_COSTMODEL']._serialized_end=2530
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=2533
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=2716
-  _globals['_ACCEPTED']._serialized_start=2718
-  _globals['_ACCEPTED']._serialized_end=2797
-  _globals['_REFUSED']._serialized_start=2799
-  _globals['_REFUSED']._serialized_end=2860
-  _globals['_MISMATCH']._serialized_start=2862
-  _globals['_MISMATCH']._serialized_end=2929
-  _globals['_DRAIN']._serialized_start=2931
-  _globals['_DRAIN']._serialized_end=2954
-  _globals['_WATCHWORKERSREQUEST']._serialized_start=2956
-  _globals['_WATCHWORKERSREQUEST']._serialized_end=2977
-  _globals['_WATCHWORKERSRESPONSE']._serialized_start=2979
-  _globals['_WATCHWORKERSRESPONSE']._serialized_end=3086
-  _globals['_POOL']._serialized_start=3089
-  _globals['_POOL']._serialized_end=3242
-  _globals['_WORKERENTRY']._serialized_start=3245
-  _globals['_WORKERENTRY']._serialized_end=3496
-  _globals['_DRAINWORKERREQUEST']._serialized_start=3498
-  _globals['_DRAINWORKERREQUEST']._serialized_end=3553
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=3555
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=3576
-  _globals['_SCHEDULERSERVICE']._serialized_start=3701
-  _globals['_SCHEDULERSERVICE']._serialized_end=4239
+  _globals['_SCHEDULEMANYREQUEST']._serialized_start=919
+  _globals['_SCHEDULEMANYREQUEST']._serialized_end=1011
+  _globals['_SCHEDULEENTRY']._serialized_start=1013
+  _globals['_SCHEDULEENTRY']._serialized_end=1100
+  _globals['_SCHEDULEMANYRESPONSE']._serialized_start=1102
+  _globals['_SCHEDULEMANYRESPONSE']._serialized_end=1179
+  _globals['_SCHEDULEANSWER']._serialized_start=1182
+  _globals['_SCHEDULEANSWER']._serialized_end=1379
+  _globals['_SCHEDULEFAILURE']._serialized_start=1381
+  _globals['_SCHEDULEFAILURE']._serialized_end=1507
+  _globals['_REPORTREQUESTSREQUEST']._serialized_start=1509
+  _globals['_REPORTREQUESTSREQUEST']._serialized_end=1588
+  _globals['_REQUESTOUTCOME']._serialized_start=1591
+  _globals['_REQUESTOUTCOME']._serialized_end=1877
+  _globals['_REPORTREQUESTSRESPONSE']._serialized_start=1879
+  _globals['_REPORTREQUESTSRESPONSE']._serialized_end=1903
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=1906
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=2054
+  _globals['_WORKERDESCRIPTION']._serialized_start=2057
+  _globals['_WORKERDESCRIPTION']._serialized_end=2502
+  _globals['_WORKERDESCRIPTION_LABELSENTRY']._serialized_start=2457
+  _globals['_WORKERDESCRIPTION_LABELSENTRY']._serialized_end=2502
+  _globals['_LOADREPORT']._serialized_start=2505
+  _globals['_LOADREPORT']._serialized_end=2948
+  _globals['_COSTMODEL']._serialized_start=2951
+  _globals['_COSTMODEL']._serialized_end=3120
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=3123
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=3306
+  _globals['_ACCEPTED']._serialized_start=3308
+  _globals['_ACCEPTED']._serialized_end=3387
+  _globals['_REFUSED']._serialized_start=3389
+  _globals['_REFUSED']._serialized_end=3450
+  _globals['_MISMATCH']._serialized_start=3452
+  _globals['_MISMATCH']._serialized_end=3519
+  _globals['_DRAIN']._serialized_start=3521
+  _globals['_DRAIN']._serialized_end=3544
+  _globals['_WATCHWORKERSREQUEST']._serialized_start=3546
+  _globals['_WATCHWORKERSREQUEST']._serialized_end=3567
+  _globals['_WATCHWORKERSRESPONSE']._serialized_start=3569
+  _globals['_WATCHWORKERSRESPONSE']._serialized_end=3676
+  _globals['_POOL']._serialized_start=3679
+  _globals['_POOL']._serialized_end=3832
+  _globals['_WORKERENTRY']._serialized_start=3835
+  _globals['_WORKERENTRY']._serialized_end=4086
+  _globals['_DRAINWORKERREQUEST']._serialized_start=4088
+  _globals['_DRAINWORKERREQUEST']._serialized_end=4143
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=4145
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=4166
+  _globals['_SCHEDULERSERVICE']._serialized_start=4291
+  _globals['_SCHEDULERSERVICE']._serialized_end=4936
 # @@protoc_insertion_point(module_scope)

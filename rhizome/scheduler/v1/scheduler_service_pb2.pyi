@@ -193,7 +193,9 @@ class Placement(_message.Message):
     reservation_id: _builtins.int
     """Travels in the worker's submit; never 0."""
     predicted_cached_tokens: _builtins.int
-    """Prompt tokens the scheduler expects to be cached there."""
+    """Prompt tokens the scheduler expects to be cached there; of the only worker of
+    a pool, those it knows of without asking the index.
+    """
     policy: _builtins.str
     """Policy and the branch it took, for traces and metrics."""
     @_builtins.property
@@ -218,6 +220,152 @@ class Placement(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
+class ScheduleManyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    CANCELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScheduleEntry]: ...
+    @_builtins.property
+    def cancels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Handles nobody wants any more, as cancelling Schedule. They get no last
+        answer; unknown ones are ignored.
+        """
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___ScheduleEntry] | None = ...,
+        cancels: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleManyRequest: _TypeAlias = ScheduleManyRequest  # noqa: Y015
+
+@_typing.final
+class ScheduleEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Larger than all handles before it in the call."""
+    @_builtins.property
+    def request(self) -> Global___ScheduleRequest: ...
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        request: Global___ScheduleRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleEntry: _TypeAlias = ScheduleEntry  # noqa: Y015
+
+@_typing.final
+class ScheduleManyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScheduleAnswer]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___ScheduleAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleManyResponse: _TypeAlias = ScheduleManyResponse  # noqa: Y015
+
+@_typing.final
+class ScheduleAnswer(_message.Message):
+    """ScheduleAnswer is one handle's: `queued` any number of times, then one of the
+    others, its last.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PLACED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def queued(self) -> Global___Queued: ...
+    @_builtins.property
+    def placed(self) -> Global___Placement: ...
+    @_builtins.property
+    def failed(self) -> Global___ScheduleFailure: ...
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        queued: Global___Queued | None = ...,
+        placed: Global___Placement | None = ...,
+        failed: Global___ScheduleFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "placed", b"placed", "queued", b"queued"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "handle", b"handle", "placed", b"placed", "queued", b"queued"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "placed", "failed"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ScheduleAnswer: _TypeAlias = ScheduleAnswer  # noqa: Y015
+
+@_typing.final
+class ScheduleFailure(_message.Message):
+    """ScheduleFailure is the status that Schedule would have ended with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PARAM_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """A google.rpc.Code."""
+    message: _builtins.str
+    param: _builtins.str
+    """The field that is wrong, with INVALID_ARGUMENT."""
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """When to come back, with RESOURCE_EXHAUSTED."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        param: _builtins.str | None = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_param", b"_param", "param", b"param", "retry_after", b"retry_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_param", b"_param", "code", b"code", "message", b"message", "param", b"param", "retry_after", b"retry_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__param: _TypeAlias = _typing.Literal["param"]  # noqa: Y015
+    _WhichOneofArgType__param: _TypeAlias = _typing.Literal["_param", b"_param"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__param) -> _WhichOneofReturnType__param | None: ...
+
+Global___ScheduleFailure: _TypeAlias = ScheduleFailure  # noqa: Y015
 
 @_typing.final
 class ReportRequestsRequest(_message.Message):

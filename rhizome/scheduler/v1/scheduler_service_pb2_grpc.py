@@ -40,6 +40,11 @@ class SchedulerServiceStub:
                 request_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleRequest.SerializeToString,
                 response_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleResponse.FromString,
                 _registered_method=True)
+        self.ScheduleMany = channel.stream_stream(
+                '/rhizome.scheduler.v1.SchedulerService/ScheduleMany',
+                request_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyRequest.SerializeToString,
+                response_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyResponse.FromString,
+                _registered_method=True)
         self.ReportRequests = channel.unary_unary(
                 '/rhizome.scheduler.v1.SchedulerService/ReportRequests',
                 request_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ReportRequestsRequest.SerializeToString,
@@ -76,6 +81,17 @@ class SchedulerServiceServicer:
         to be too long (with a retry hint, also as google.rpc.RetryInfo),
         DEADLINE_EXCEEDED when the remaining time passes in the queue, and
         UNAVAILABLE when the pool has no worker that may serve it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScheduleMany(self, request_iterator, context):
+        """ScheduleMany is Schedule for callers with many requests: one call carries
+        them all, each under a handle of its own, and hears for each handle what
+        Schedule would say, its failure included. The call's end gives the places
+        and reservations of all handles without a last answer back. Fails with
+        INVALID_ARGUMENT for a handle that was used before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +139,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.Schedule,
                     request_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleRequest.FromString,
                     response_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleResponse.SerializeToString,
+            ),
+            'ScheduleMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.ScheduleMany,
+                    request_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyRequest.FromString,
+                    response_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyResponse.SerializeToString,
             ),
             'ReportRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportRequests,
@@ -173,6 +194,33 @@ class SchedulerService:
             '/rhizome.scheduler.v1.SchedulerService/Schedule',
             rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleRequest.SerializeToString,
             rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScheduleMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/rhizome.scheduler.v1.SchedulerService/ScheduleMany',
+            rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyRequest.SerializeToString,
+            rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScheduleManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

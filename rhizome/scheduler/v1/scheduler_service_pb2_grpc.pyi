@@ -44,6 +44,13 @@ class SchedulerServiceStub:
     DEADLINE_EXCEEDED when the remaining time passes in the queue, and
     UNAVAILABLE when the pool has no worker that may serve it.
     """
+    ScheduleMany: _grpc.StreamStreamMultiCallable[_scheduler_service_pb2.ScheduleManyRequest, _scheduler_service_pb2.ScheduleManyResponse]
+    """ScheduleMany is Schedule for callers with many requests: one call carries
+    them all, each under a handle of its own, and hears for each handle what
+    Schedule would say, its failure included. The call's end gives the places
+    and reservations of all handles without a last answer back. Fails with
+    INVALID_ARGUMENT for a handle that was used before.
+    """
     ReportRequests: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReportRequestsRequest, _scheduler_service_pb2.ReportRequestsResponse]
     """ReportRequests says what really happened to placed requests. Batched by the
     caller; unknown reservations are ignored.
@@ -79,6 +86,13 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     to be too long (with a retry hint, also as google.rpc.RetryInfo),
     DEADLINE_EXCEEDED when the remaining time passes in the queue, and
     UNAVAILABLE when the pool has no worker that may serve it.
+    """
+    ScheduleMany: _aio.StreamStreamMultiCallable[_scheduler_service_pb2.ScheduleManyRequest, _scheduler_service_pb2.ScheduleManyResponse]  # type: ignore[assignment]
+    """ScheduleMany is Schedule for callers with many requests: one call carries
+    them all, each under a handle of its own, and hears for each handle what
+    Schedule would say, its failure included. The call's end gives the places
+    and reservations of all handles without a last answer back. Fails with
+    INVALID_ARGUMENT for a handle that was used before.
     """
     ReportRequests: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReportRequestsRequest, _scheduler_service_pb2.ReportRequestsResponse]  # type: ignore[assignment]
     """ReportRequests says what really happened to placed requests. Batched by the
@@ -118,6 +132,19 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         to be too long (with a retry hint, also as google.rpc.RetryInfo),
         DEADLINE_EXCEEDED when the remaining time passes in the queue, and
         UNAVAILABLE when the pool has no worker that may serve it.
+        """
+
+    @_abc_1.abstractmethod
+    def ScheduleMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_scheduler_service_pb2.ScheduleManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_service_pb2.ScheduleManyResponse], _abc.AsyncIterator[_scheduler_service_pb2.ScheduleManyResponse]]:
+        """ScheduleMany is Schedule for callers with many requests: one call carries
+        them all, each under a handle of its own, and hears for each handle what
+        Schedule would say, its failure included. The call's end gives the places
+        and reservations of all handles without a last answer back. Fails with
+        INVALID_ARGUMENT for a handle that was used before.
         """
 
     @_abc_1.abstractmethod

@@ -11,7 +11,7 @@ from services.scheduler.accounting import Outcome
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import UNADMITTED_EXPIRY_S
-from services.scheduler.views import Load
+from services.scheduler.views import NO_CHARGE, Load
 from tests.unit.scheduler.build import (
     chain,
     make_identity,
@@ -166,3 +166,39 @@ def test_random_traffic_ends_with_a_zero_balance(scheduler: Scheduler) -> None:
     scheduler.placer.sweep()
     assert scheduler.balance == 0
     assert scheduler.placer.num_queued == 0
+
+
+def test_a_correction_lowers_the_charge_and_leaves_no_remainder(scheduler: Scheduler) -> None:
+    scheduler.register("a")
+    ticket = scheduler.schedule("r", prefix_hashes=chain(1, 4), num_prompt_tokens=100)
+    uncorrected = scheduler.view("a").charge
+    for matches in ((), (WorkerMatch("b", 1, 4),), (WorkerMatch("a", 2, 4),)):
+        scheduler.placer.correct(ticket, matches)
+        assert scheduler.view("a").charge == uncorrected
+    scheduler.placer.correct(ticket, (WorkerMatch("a", 1, 4),))
+    assert scheduler.view("a").charge.prefill_ns < uncorrected.prefill_ns
+    assert scheduler.view("a").charge.num_pages == uncorrected.num_pages - 4
+    assert ticket.reservation is not None
+    scheduler.placer.report_outcomes(
+        [Outcome(ticket.reservation.reservation_id, 100, 64, 20, True)]
+    )
+    assert scheduler.metrics.value("predicted_cached_tokens_total") == 64
+    assert scheduler.view("a").charge == NO_CHARGE
+
+
+def test_a_correction_after_the_end_charges_nothing(scheduler: Scheduler) -> None:
+    scheduler.register("a")
+    ticket = scheduler.schedule("r", prefix_hashes=chain(1, 4), num_prompt_tokens=100)
+    assert ticket.reservation is not None
+    scheduler.placer.report_outcomes([Outcome(ticket.reservation.reservation_id, 100, 0, 20, True)])
+    scheduler.placer.correct(ticket, (WorkerMatch("a", 1, 4),))
+    assert scheduler.view("a").charge == NO_CHARGE
+    assert scheduler.balance == 0
+
+
+def test_only_several_workers_are_a_choice(scheduler: Scheduler) -> None:
+    scheduler.register("a")
+    ticket = scheduler.schedule("r")
+    assert not scheduler.placer.has_choice(ticket)
+    scheduler.register("b")
+    assert scheduler.placer.has_choice(ticket)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rhizome.worker.v1.worker_service_pb2 import ConnectRequest
-from services.gateway.outbox import MAX_MESSAGE_IDS, Outbox
+from services.common.outbox import MAX_MESSAGE_IDS, Outbox
 
 
 def test_small_additions_share_a_message_until_it_is_full() -> None:

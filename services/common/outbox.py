@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from grpc import aio
 
@@ -13,6 +13,12 @@ M = TypeVar("M")
 
 # Ids take at most 5 bytes each; this keeps a message well under MAX_FRAME_BYTES.
 MAX_MESSAGE_IDS = 40_000
+
+
+class WritableStream(Protocol):
+    """The writing half of a stream, on either side."""
+
+    async def write(self, message: Any, /) -> None: ...
 
 
 class Outbox(Generic[M]):
@@ -49,7 +55,7 @@ class Outbox(Generic[M]):
         self._messages.clear()
         self._tail_ids = 0
 
-    async def drain(self, call: aio.StreamStreamCall[Any, Any]) -> None:
+    async def drain(self, call: WritableStream) -> None:
         """Write messages as they come, until cancelled or the call breaks.
 
         A broken call ends it quietly: whoever reads the call learns why.
