@@ -149,7 +149,7 @@ class Cluster:
         self._placer = Placer(
             table,
             self._pools,
-            make_policy(policy, rng, clock=lambda: self.clock.now_s, **(weights or {})),
+            make_policy(policy, rng, **(weights or {})),
             ReservationBook(table, rng),
             PredictionOverlay(),
             self.metrics,

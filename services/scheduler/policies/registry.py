@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
 from typing import Literal
 
 from services.scheduler.pickers import LowestCost, PowerOfTwo, RandomChoice, Rotation
+from services.scheduler.policies.dynamo_cost import dynamo_blocks
+from services.scheduler.policies.e2 import E2, e2_branch
+from services.scheduler.policies.least_outstanding import LeastOutstanding
+from services.scheduler.policies.prefix_hash import PrefixHash
+from services.scheduler.policies.prefix_threshold import PrefixThreshold
+from services.scheduler.policies.session_affinity import SessionAffinity
 from services.scheduler.policy import Policy
+from services.scheduler.scorers.eviction import eviction_time
 from services.scheduler.scorers.load import load_time
 from services.scheduler.scorers.prefix import prefill_time
 from services.scheduler.scorers.session import away_from_home
+from services.scheduler.scorers.stall import stall_time
 
-PolicyName = Literal["prefix_load", "least_loaded", "power_of_two", "round_robin", "random"]
+PolicyName = Literal[
+    "prefix_load",
+    "e2",
+    "least_loaded",
+    "least_outstanding",
+    "power_of_two",
+    "prefix_threshold",
+    "dynamo_cost",
+    "session_affinity",
+    "prefix_hash",
+    "round_robin",
+    "random",
+]
 
 # A prefill costs its request's time, and as much again of those that run beside it: what waits
 # costs one request only. So a burst with one new prefix waits for its first prefill rather than
@@ -28,7 +46,8 @@ def make_policy(
     prefix_weight: float = DEFAULT_PREFIX_WEIGHT,
     load_weight: float = 1.0,
     session_weight: float = 0.25,
-    clock: Callable[[], float] = time.monotonic,
+    stall_weight: float = 0.0,
+    eviction_weight: float = 0.0,
 ) -> Policy:
     """The policy of that name. The weights are `prefix_load`'s."""
     match name:
@@ -36,13 +55,27 @@ def make_policy(
             scorers = (
                 (prefill_time, prefix_weight),
                 (load_time, load_weight),
+                (stall_time, stall_weight),
+                (eviction_time, eviction_weight),
                 (away_from_home, session_weight),
             )
             return Policy(name, scorers, LowestCost(), waits=True)
+        case "e2":
+            return Policy(name, (), E2(), waits=True, rule=e2_branch)
         case "least_loaded":
             return Policy(name, ((load_time, 1.0),), LowestCost())
+        case "least_outstanding":
+            return Policy(name, (), LeastOutstanding())
         case "power_of_two":
             return Policy(name, ((load_time, 1.0),), PowerOfTwo(rng))
+        case "prefix_threshold":
+            return Policy(name, (), PrefixThreshold(), waits=True)
+        case "dynamo_cost":
+            return Policy(name, ((dynamo_blocks, 1.0),), LowestCost(), waits=True)
+        case "session_affinity":
+            return Policy(name, (), SessionAffinity(), waits=True)
+        case "prefix_hash":
+            return Policy(name, (), PrefixHash(), waits=True)
         case "round_robin":
             return Policy(name, (), Rotation())
         case "random":
