@@ -6,7 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from services.scheduler.policies import DEFAULT_PREFIX_WEIGHT, PolicyName
+from services.scheduler.policies import (
+    DEFAULT_EVICTION_WEIGHT,
+    DEFAULT_PREFIX_WEIGHT,
+    DEFAULT_STALL_WEIGHT,
+    PolicyName,
+)
+
+_NOT_NEGATIVE = (
+    "worker_wait_s",
+    "prefix_weight",
+    "load_weight",
+    "session_weight",
+    "stall_weight",
+    "eviction_weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +57,12 @@ class SchedulerConfig:
     session_weight: float = 0.25
     """Weight of leaving a session's worker in `prefix_load`."""
 
+    stall_weight: float = DEFAULT_STALL_WEIGHT
+    """Weight of the time that others on the worker lose in `prefix_load`."""
+
+    eviction_weight: float = DEFAULT_EVICTION_WEIGHT
+    """Weight of the cached prefixes that the worker would evict in `prefix_load`."""
+
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics. Default: none."""
 
@@ -57,6 +77,6 @@ class SchedulerConfig:
             raise ValueError(f"max_queued_requests must be >= 1, got {self.max_queued_requests}")
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
-        for name in ("worker_wait_s", "prefix_weight", "load_weight", "session_weight"):
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -116,15 +116,15 @@ class E2:
         lightest = min(range(len(workers)), key=lambda index: loads[index])
         if loads[chosen] == max(loads) and loads[chosen] > BALANCE_THRESHOLD * loads[lightest]:
             return lightest
-        waits = self._waits.get((_prefix(query, workers[chosen], longest), workers[chosen].worker_id))
+        waits = self._waits.get(
+            (_prefix(query, workers[chosen], longest), workers[chosen].worker_id)
+        )
         if waits is not None and waits.has_doubled(query.now_s):
             waits.times.clear()
             return lightest
         return chosen
 
-    def _explore(
-        self, query: Query, workers: Sequence[WorkerView], loads: Sequence[float]
-    ) -> int:
+    def _explore(self, query: Query, workers: Sequence[WorkerView], loads: Sequence[float]) -> int:
         prefill = [_prefill_ns(query, view) for view in workers]
         costs = [
             load + eviction_ns(view, _missed(query, view)) + own

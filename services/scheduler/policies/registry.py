@@ -37,6 +37,11 @@ PolicyName = Literal[
 # costs one request only. So a burst with one new prefix waits for its first prefill rather than
 # repeat it elsewhere.
 DEFAULT_PREFIX_WEIGHT = 2.0
+# Others' lost time counts half: a worker is busy because it holds what many ask for, and a full
+# count drives requests from their prefixes (bench/results/policies.md has the comparison).
+DEFAULT_STALL_WEIGHT = 0.5
+# An eviction costs its share of requests more than the next one only.
+DEFAULT_EVICTION_WEIGHT = 30.0
 
 
 def make_policy(
@@ -46,8 +51,8 @@ def make_policy(
     prefix_weight: float = DEFAULT_PREFIX_WEIGHT,
     load_weight: float = 1.0,
     session_weight: float = 0.25,
-    stall_weight: float = 0.0,
-    eviction_weight: float = 0.0,
+    stall_weight: float = DEFAULT_STALL_WEIGHT,
+    eviction_weight: float = DEFAULT_EVICTION_WEIGHT,
 ) -> Policy:
     """The policy of that name. The weights are `prefix_load`'s."""
     match name:

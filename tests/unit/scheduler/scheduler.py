@@ -1,7 +1,7 @@
 """The scheduler without its service, for tests of placement."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.scheduler.endpoints import Registration, WorkerTable
@@ -9,7 +9,7 @@ from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
-from services.scheduler.policies import make_policy
+from services.scheduler.policies import PolicyName, make_policy
 from services.scheduler.pools import Pool, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
@@ -34,6 +34,7 @@ class Scheduler:
     table: WorkerTable
     metrics: SchedulerMetrics
     placer: Placer
+    registrations: dict[str, Registration] = field(default_factory=dict)
 
     @property
     def pool(self) -> Pool:
@@ -42,6 +43,7 @@ class Scheduler:
     def register(self, worker_id: str, **changes: Any) -> Registration:
         registration = make_registration(make_worker(worker_id, **changes), self.pool)
         self.placer.register(registration, make_identity())
+        self.registrations[worker_id] = registration
         return registration
 
     def schedule(
@@ -69,14 +71,14 @@ class Scheduler:
         return self.metrics.value("reservations_charged")
 
 
-def make_scheduler() -> Scheduler:
+def make_scheduler(policy: PolicyName = "prefix_load") -> Scheduler:
     clock, pools, metrics = Clock(), PoolSet(), SchedulerMetrics()
     rng = random.Random(1)
     table = WorkerTable(3.0)
     placer = Placer(
         table,
         pools,
-        make_policy("prefix_load", rng),
+        make_policy(policy, rng),
         ReservationBook(table, rng),
         PredictionOverlay(clock()),
         metrics,

@@ -19,8 +19,8 @@ def test_prefill_time_is_that_of_the_uncached_tokens() -> None:
     workers = [make_view("a", cost_model=COSTS), make_view("b", cost_model=COSTS)]
     query = make_query(make_request(num_prompt_tokens=100), {"a": 80})
     assert prefill_time(query, workers) == [
-        1000 + 20 * 10 + 0.5 * 20 * 100,
-        1000 + 100 * 10 + 0.5 * 100 * 100,
+        1000 + 20 * 10 + 0.5 * 20 * 90,
+        1000 + 100 * 10 + 0.5 * 100 * 50,
     ]
 
 
