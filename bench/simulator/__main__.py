@@ -1,8 +1,8 @@
 """Latency against offered load for each policy, in virtual time.
 
-    python -m bench.simulator [--workloads toolbench,videoqa] [--policies prefix_load,e2] [--workers 4]
-                              [--requests 800] [--loads 30,50,70,90,110] [--seeds 1] [--output DIR]
-                              [--lose-worker-at SECONDS]
+    python -m bench.simulator [--workloads toolbench,videoqa] [--policies prefix_load,e2]
+                              [--workers 4] [--requests 800] [--loads 30,50,70,90,110]
+                              [--seeds 1] [--lose-worker-at SECONDS] [--output DIR]
 
 The real placement, index, batching and radix tree over simulated devices and a virtual clock; open
 loop with Poisson arrivals. Loads are percents of what round-robin ends at saturation in the same
@@ -69,8 +69,8 @@ def sweep(workload: str, args: argparse.Namespace) -> dict[str, Any]:
             run = {"policy": policy, "load_percent": load, **_medians(figures)}
             runs.append(run)
             print(
-                f"{workload} {load}% {policy}: mean {run['mean_s']:.3f} s, p99 {run['p99_s']:.3f} s, "
-                f"hit rate {run['hit_rate']:.3f}",
+                f"{workload} {load}% {policy}: mean {run['mean_s']:.3f} s, "
+                f"p99 {run['p99_s']:.3f} s, hit rate {run['hit_rate']:.3f}",
                 flush=True,
             )
     return {

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 
 from bench.simulator.clock import VirtualClock
-from bench.simulator.worker import Report, SimulatedWorker, WorkerShape
+from bench.simulator.worker import SAMPLED_ID, VOCAB_SIZE, Report, SimulatedWorker, WorkerShape
 from bench.simulator.workloads import Conversation, Turn, Workload
 from services.cache_index.index import GPU, Holder, PrefixIndex
 from services.common.prefix_hash import prefix_hashes
@@ -97,7 +97,6 @@ class _Job:
     hashes: list[int]
     attempt: int = 0
     num_output: int = 0
-    excluded: frozenset[str] = frozenset()
     ticket: Ticket | None = None
     key: int = 0
     cached_tokens: int = 0
@@ -168,7 +167,7 @@ class Cluster:
         for session, (conversation, at_ns) in enumerate(
             zip(workload.conversations, arrivals_ns, strict=True)
         ):
-            self.clock.at(at_ns, lambda c=conversation, s=session: self._arrive(c, 0, s, ()))  # type: ignore[misc]
+            self.clock.at(at_ns, lambda c=conversation, s=session: self._arrive(c, 0, s))  # type: ignore[misc]
         for loss in losses:
             self.clock.at(int(loss.at_s * 1e9), lambda lost=loss: self._lose(lost))  # type: ignore[misc]
         self.clock.run(until=lambda: len(self.served) == workload.num_requests)
@@ -180,9 +179,7 @@ class Cluster:
 
     # A request's way
 
-    def _arrive(
-        self, conversation: Conversation, turn_index: int, session: int, _: tuple[()]
-    ) -> None:
+    def _arrive(self, conversation: Conversation, turn_index: int, session: int) -> None:
         token_ids = conversation.turns[turn_index].token_ids()
         hashes = prefix_hashes(token_ids, self._shape.page_size, "")
         job = _Job(conversation, turn_index, session, self.clock.now_ns, token_ids, hashes)
@@ -202,7 +199,6 @@ class Cluster:
             prefix_hashes=job.hashes,
             num_prompt_tokens=len(job.token_ids),
             max_new_tokens=job.turn.output_len - job.num_output,
-            excluded_worker_ids=job.excluded,
             session=("", str(job.session)) if len(job.conversation.turns) > 1 else None,
         )
         ticket, is_new = self._placer.open_ticket(request, None)
@@ -239,7 +235,7 @@ class Cluster:
 
     def _submit(self, job: _Job, seat: _Seat, epoch: int, reservation_id: int) -> None:
         if not seat.worker.alive or seat.worker.epoch != epoch:
-            self._migrate(job, seat.name)
+            self._migrate(job)
             return
         seat.jobs[job.key] = job
         turn = job.turn
@@ -293,15 +289,13 @@ class Cluster:
         if job.turn_index + 1 < len(job.conversation.turns):
             self.clock.after(
                 job.conversation.think_s * 1e9,
-                lambda: self._arrive(job.conversation, job.turn_index + 1, job.session, ()),
+                lambda: self._arrive(job.conversation, job.turn_index + 1, job.session),
             )
 
-    def _migrate(self, job: _Job, worker_id: str) -> None:
+    def _migrate(self, job: _Job) -> None:
         """Its worker is gone: place it again, with its output so far."""
         job.attempt += 1
-        # A worker that comes back under its name may have it again.
-        job.excluded = frozenset()
-        job.token_ids = job.turn.token_ids() + [7] * job.num_output
+        job.token_ids = job.turn.token_ids() + [SAMPLED_ID] * job.num_output
         job.hashes = prefix_hashes(job.token_ids, self._shape.page_size, "")
         self._schedule(job)
 
@@ -318,7 +312,7 @@ class Cluster:
             num_pages=shape.num_pages,
             max_running_sequences=shape.max_running_sequences,
             context_length=shape.context_length,
-            vocab_size=2**31 - 1,
+            vocab_size=VOCAB_SIZE,
             page_size=shape.page_size,
         )
         registration = Registration(
@@ -383,7 +377,7 @@ class Cluster:
         self._index.retire(seat.holder)
         jobs, seat.jobs = list(seat.jobs.values()), {}
         for job in jobs:
-            self._migrate(job, seat.name)
+            self._migrate(job)
         if loss.back_after_s is not None:
             self.clock.after(loss.back_after_s * 1e9, lambda: self._come_back(loss.worker))
 

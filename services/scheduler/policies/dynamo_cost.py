@@ -1,4 +1,4 @@
-"""The cost of NVIDIA Dynamo's KV router, with its defaults: blocks to prefill plus blocks to decode.
+"""The cost of NVIDIA Dynamo's KV router, with its defaults: blocks to prefill and to decode.
 
 Prefill blocks are those waiting at the worker and those of the prompt that its cache lacks; decode
 blocks are those that running sequences hold, the new one included. The temperature is 0.
