@@ -92,6 +92,8 @@ class FakeScheduler:
         """One input; what it ends is in the next step's output."""
         if isinstance(message, Request):
             self._waiting.append(message)
+            if message.reservation_id:
+                self._pending.accepted_reservation_ids.append(message.reservation_id)
         elif isinstance(message, Cancel):
             for key in message.keys:
                 self._cancel(key)
