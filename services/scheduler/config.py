@@ -34,7 +34,7 @@ class SchedulerConfig:
     """gRPC target of the cache index. Without one, only recent placements show who holds what."""
 
     policy: PolicyName = "prefix_load"
-    """How a worker is chosen."""
+    """How a worker is chosen; docs/scheduling-policies.md describes each."""
 
     pools: Path | None = None
     """JSON file that declares the pools. Default: one pool, declared by its first worker."""
