@@ -19,93 +19,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.worker.engine.batch import LAST_SAMPLED, Runner, SlotAssignment, StepPlan
-from services.worker.engine.messages import LogprobSpec, SamplingParams
-from services.worker.engine.options import EngineOptions
+from services.bench.engine.static_batch import StaticBatch, assignment
+from services.worker.engine.batch import Runner, StepPlan
+from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.build import build_runner
 
-_PREFILL_TOKENS = 4096
 
-
-class StaticBatch:
-    """Sequences of equal length that all advance by one token a step."""
-
-    def __init__(self, runner: Runner, *, size: int, page_size: int, max_len: int) -> None:
-        self._runner = runner
-        self._page_size = page_size
-        self._first_pages = np.arange(size, dtype=np.int32) * -(-max_len // page_size)
-        self._slots = np.arange(size, dtype=np.int32)
-        self._length = 0
-
-    def prefill(self, prompts: np.ndarray, temperature: float) -> None:
-        """Compute [B, L] prompts, some at a time."""
-        length = prompts.shape[1]
-        for rows in np.array_split(self._slots, -(-prompts.size // _PREFILL_TOKENS)):
-            count = -(-length // self._page_size)
-            indices = np.tile(np.arange(count, dtype=np.int32), len(rows))
-            self._runner.forward(
-                StepPlan(
-                    step_number=0,
-                    slots=rows,
-                    num_tokens=np.full(len(rows), length, np.int32),
-                    start_positions=np.zeros(len(rows), np.int32),
-                    token_ids=prompts[rows].ravel().astype(np.int32),
-                    sample_rows=np.arange(len(rows), dtype=np.int32),
-                    page_slots=np.repeat(rows, count),
-                    page_indices=indices,
-                    page_ids=np.repeat(self._first_pages[rows], count) + indices,
-                    assignments=[_assignment(int(slot), length, temperature) for slot in rows],
-                )
-            )
-            self._runner.sample()
-            self._runner.result()
-        self._length = length
-
-    def issue(self) -> None:
-        """One more token for each."""
-        index, offset = divmod(self._length, self._page_size)
-        changed = self._slots if offset == 0 else self._slots[:0]
-        self._runner.forward(
-            StepPlan(
-                step_number=1,
-                slots=self._slots,
-                num_tokens=np.ones(len(self._slots), np.int32),
-                start_positions=np.full(len(self._slots), self._length, np.int32),
-                token_ids=np.full(len(self._slots), LAST_SAMPLED, np.int32),
-                sample_rows=np.arange(len(self._slots), dtype=np.int32),
-                page_slots=changed,
-                page_indices=np.full(len(changed), index, np.int32),
-                page_ids=self._first_pages[changed] + np.int32(index),
-            )
-        )
-        self._runner.sample()
-        self._length += 1
-
-
-def measure(runner: Runner, *, batch: int, vocab_size: int, arguments: Any) -> dict[str, float]:
+def measure(runner: Runner, plan: EnginePlan, *, batch: int, arguments: Any) -> dict[str, float]:
     """Figures of one batch."""
     random = np.random.default_rng(batch)
     sequences = StaticBatch(
         runner,
-        size=batch,
-        page_size=arguments.page_size,
-        max_len=arguments.context + arguments.warmup + arguments.steps + 1,
+        page_size=plan.page_size,
+        max_step_tokens=plan.max_step_tokens,
+        temperature=arguments.temperature,
     )
-    prompts = random.integers(0, vocab_size, (batch, arguments.context))
-    sequences.prefill(prompts, arguments.temperature)
+    prompts = random.integers(0, plan.vocab_size, (batch, arguments.context), dtype=np.int32)
+    sequences.start(prompts, arguments.warmup + arguments.steps + 1)
     depth = arguments.depth or runner.num_in_flight
     issue_ns, ended_ns = [], []
     gc.collect()
     gc.disable()
-    for number in range(arguments.warmup + arguments.steps):
+    for _ in range(arguments.warmup + arguments.steps):
         started = time.perf_counter_ns()
         sequences.issue()
         issue_ns.append(time.perf_counter_ns() - started)
-        if number >= depth - 1:
-            runner.result()
+        if sequences.read(depth - 1):
             ended_ns.append(time.perf_counter_ns())
-    for _ in range(depth - 1):
-        runner.result()
+    sequences.read(0)
     gc.enable()
     step_ms = np.diff(np.array(ended_ns))[-arguments.steps + depth :] / 1e6
     return {
@@ -145,7 +86,7 @@ def measure_prefill(
                 page_slots=owners if number == 0 else owners[:0],
                 page_indices=pages if number == 0 else pages[:0],
                 page_ids=owners * np.int32(per_row) + pages if number == 0 else pages[:0],
-                assignments=[_assignment(int(slots[-1]), num_tokens, arguments.temperature)],
+                assignments=[assignment(int(slots[-1]), num_tokens, arguments.temperature)],
             )
         )
         runner.sample()
@@ -203,9 +144,7 @@ def main() -> None:
     )
     started_s = time.perf_counter() - started
     figures = {
-        f"batch_{batch}": measure(
-            runner, batch=batch, vocab_size=plan.vocab_size, arguments=arguments
-        )
+        f"batch_{batch}": measure(runner, plan, batch=batch, arguments=arguments)
         for batch in arguments.batches
     }
     for num_tokens in arguments.prefills:
@@ -222,17 +161,6 @@ def main() -> None:
         "start_s": round(started_s, 1),
     }
     print(json.dumps({"benchmark": "engine_gpu", "settings": settings, **figures}))
-
-
-def _assignment(slot: int, prompt_len: int, temperature: float) -> SlotAssignment:
-    return SlotAssignment(
-        slot=slot,
-        sampling=SamplingParams(temperature=temperature, seed=slot, ignore_eos=True),
-        logprobs=LogprobSpec(),
-        choice_index=0,
-        prompt_len=prompt_len,
-        token_ids=[],
-    )
 
 
 if __name__ == "__main__":

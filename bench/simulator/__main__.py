@@ -20,7 +20,7 @@ from typing import Any, get_args
 from bench.simulator.cluster import Loss
 from bench.simulator.run import Figures, Setting, capacity, simulate
 from bench.simulator.workloads import WORKLOADS
-from services.scheduler.policies import PolicyName
+from services.common.policies import PolicyName
 
 _POLICIES = get_args(PolicyName)
 

@@ -13,6 +13,7 @@ from bench.simulator.clock import VirtualClock
 from bench.simulator.worker import SAMPLED_ID, VOCAB_SIZE, Report, SimulatedWorker, WorkerShape
 from bench.simulator.workloads import Conversation, Turn, Workload
 from services.cache_index.index import GPU, Holder, PrefixIndex
+from services.common.policies import PolicyName
 from services.common.prefix_hash import prefix_hashes
 from services.scheduler.costs import CostModel
 from services.scheduler.endpoints import Registration, WorkerTable
@@ -20,7 +21,7 @@ from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Outcome, Placer
-from services.scheduler.policies import PolicyName, make_policy
+from services.scheduler.policies import make_policy
 from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from services.common.config import parse_config
+from services.common.process import EXIT_INTERRUPTED
 
 _USAGE = """usage: rhizome bench COMMAND [--help]
 
@@ -25,6 +26,8 @@ def main() -> None:
         except ModuleNotFoundError as error:
             extras = "bench" if command == "serving" else "bench,worker"
             sys.exit(f"rhizome bench {command}: {error}; pip install 'rhizome-llm[{extras}]'")
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:
@@ -41,10 +44,11 @@ def _latency(arguments: list[str]) -> None:
 
     config = parse_config(LatencyConfig, "bench", arguments, program="rhizome bench latency")
     from services.bench.engine.latency import bench_latency
+    from services.worker.engine.distributed.channel import RankLostError
 
     try:
         bench_latency(config)
-    except ValueError as error:
+    except (ValueError, RankLostError) as error:
         sys.exit(f"rhizome bench latency: {error}")
 
 
@@ -53,10 +57,11 @@ def _offline(arguments: list[str]) -> None:
 
     config = parse_config(OfflineConfig, "bench", arguments, program="rhizome bench offline")
     from services.bench.engine.offline import RequestFailedError, bench_offline
+    from services.worker.engine.distributed.channel import RankLostError
 
     try:
         bench_offline(config)
-    except (ValueError, RequestFailedError) as error:
+    except (ValueError, RequestFailedError, RankLostError) as error:
         sys.exit(f"rhizome bench offline: {error}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from services.cache_index.index import MAX_PREFIXES
 
@@ -24,8 +25,8 @@ class CacheIndexConfig:
     metrics_port: int | None = None
     """Port of the Prometheus metrics over HTTP. Default: none."""
 
-    log_level: str = "info"
-    """Least severe log messages to print: debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least serious log line that is printed."""
 
     parent_pid: int | None = None
     """End when this process, the parent, dies."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from services.cache_index.config import CacheIndexConfig
 from services.cache_index.service import running_cache_index
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import die_with_parent, run, stop_event
+from services.common.process import die_with_parent, exit_for, run, stop_event
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ def main() -> None:
     try:
         run(serve(config))
     except OSError as error:
-        sys.exit(f"cache_index: {error}")
+        exit_for("cache_index", error)
 
 
 async def serve(config: CacheIndexConfig) -> None:

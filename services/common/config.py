@@ -76,6 +76,11 @@ def set_default_environment(defaults: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def set_environment(values: Mapping[str, str]) -> None:
+    """Set what a flag says, for libraries that read it and for all children."""
+    os.environ.update(values)
+
+
 def kernel_cache_environment(directory: Path | None) -> dict[str, str]:
     """Where Triton, FlashInfer and torch's compiler keep kernels; empty for their own places."""
     if directory is None:

@@ -92,12 +92,18 @@ def model_revision(model_path: Path) -> str:
 
 
 def eos_token_ids(model_path: Path, tokenizer_path: Path) -> list[int]:
-    """Ids that end a sequence, by the generation config, the config and the tokenizer."""
+    """Ids that end a sequence, by the generation config, the config and the tokenizer.
+
+    Raises ValueError for what are no ids.
+    """
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = read_json(model_path / name).get("eos_token_id")
         if value is not None:
-            ids.update(value if isinstance(value, list) else [value])
+            given = value if isinstance(value, list) else [value]
+            if not all(type(item) is int for item in given):
+                raise ValueError(f"{model_path / name}: eos_token_id must be ids, got {value!r}")
+            ids.update(given)
     token = read_json(tokenizer_path / "tokenizer_config.json").get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     for entry in read_json(tokenizer_path / "tokenizer.json").get("added_tokens", []):

@@ -27,6 +27,8 @@ def check_nodes(*, tp: int, nnodes: int, node_rank: int, nccl_init_addr: str | N
         raise ValueError(f"nnodes must be >= 1, got {nnodes}")
     if not 0 <= node_rank < nnodes:
         raise ValueError(f"node-rank must be within 0..{nnodes - 1} (nnodes - 1), got {node_rank}")
+    if nccl_init_addr is not None and tp < 2:
+        raise ValueError(f"nccl-init-addr is where several ranks meet, but --tp is {tp}")
     if tp % nnodes:
         raise ValueError(f"nnodes {nnodes} does not divide the {tp} ranks of --tp")
     if nccl_init_addr is not None:
@@ -35,10 +37,14 @@ def check_nodes(*, tp: int, nnodes: int, node_rank: int, nccl_init_addr: str | N
         raise ValueError("nnodes > 1 needs --nccl-init-addr, the host:port of node 0")
 
 
-def check_p2p(*, enabled: bool, device: str, nnodes: int, disable_custom_all_reduce: bool) -> None:
+def check_p2p(
+    *, enabled: bool, tp: int, device: str, nnodes: int, disable_custom_all_reduce: bool
+) -> None:
     """Raises ValueError when a check of writes between GPUs would check what nothing uses."""
     if not enabled:
         return
+    if tp < 2:
+        raise ValueError(f"enable-p2p-check needs several GPUs, but --tp is {tp}")
     if device == "cpu":
         raise ValueError("enable-p2p-check needs GPUs, but the device is cpu")
     if disable_custom_all_reduce:

@@ -8,9 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
+
+# Exit status of a process that starting again cannot help: a wrong flag or file, not bad luck.
+EXIT_CANNOT_START = 3
+# That of a command which Ctrl-C ended, as shells have it.
+EXIT_INTERRUPTED = 130
 
 _PR_SET_PDEATHSIG = 1
 
@@ -39,3 +44,14 @@ def stop_event() -> asyncio.Event:
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a service's main coroutine on uvloop."""
     uvloop.run(main)
+
+
+def exit_for(service: str, error: OSError | ValueError) -> NoReturn:
+    """End a service that cannot start, with the reason as its last line.
+
+    The status is EXIT_CANNOT_START for a wrong flag or file (ValueError, or a file that is not
+    there), 1 for what may pass, such as an address that is taken.
+    """
+    print(f"{service}: {error}", file=sys.stderr, flush=True)
+    is_permanent = isinstance(error, ValueError | FileNotFoundError)
+    sys.exit(EXIT_CANNOT_START if is_permanent else 1)

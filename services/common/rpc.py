@@ -196,8 +196,12 @@ async def running_server(
     """Serve on `address` (`host:port`, port 0 picks one, or `unix:/path`) until the block ends.
 
     `services` are the proto descriptors (`worker_service_pb2.DESCRIPTOR.services_by_name[...]`).
-    Raises OSError when the address cannot be bound.
+    Raises OSError when the address cannot be bound, ValueError for a port that cannot be.
     """
+    port_text = address.rpartition(":")[2]
+    if not address.startswith("unix:") and port_text.isdecimal() and int(port_text) > 65535:
+        # gRPC would take the port modulo 65536.
+        raise ValueError(f"cannot listen on {address}: ports go up to 65535")
     server = aio.server(interceptors=[StatusInterceptor()], options=SERVER_OPTIONS)
     add_servicers(server)
     health_servicer = health.aio.HealthServicer()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from services.common import process
 from services.common.config import parse_config
@@ -22,7 +21,7 @@ def main() -> None:
     try:
         process.run(_serve(config))
     except OSError as error:
-        sys.exit(f"gateway: {error}")
+        process.exit_for("gateway", error)
 
 
 async def _serve(config: GatewayConfig) -> None:

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.engine_flags import check_engine_flags
 from services.common.model_files import builtin_model_path
 from services.common.nodes import check_nodes, check_p2p
+from services.common.policies import PolicyName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ class ServeConfig:
     directory.
     """
 
-    policy: str | None = None
+    policy: PolicyName | None = None
     """How the scheduler places requests. Default: its own."""
 
     profile_dir: Path | None = None
@@ -133,17 +135,14 @@ class ServeConfig:
     """Least serious log line that is printed."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be within 0..65535, got {self.port}")
-        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
-            raise ValueError(f"grpc-port must be within 0..65535, got {self.grpc_port}")
-        for name in ("tp", "dp", "page_size"):
+        self._check_ports()
+        for name in ("tp", "dp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.base_gpu_id < 0:
-            raise ValueError(f"base-gpu-id must be >= 0, got {self.base_gpu_id}")
+        check_engine_flags(self)
         check_p2p(
             enabled=self.enable_p2p_check,
+            tp=self.tp,
             device=self.device,
             nnodes=self.nnodes,
             disable_custom_all_reduce=self.disable_custom_all_reduce,
@@ -160,11 +159,21 @@ class ServeConfig:
             )
         if self.dp > 1 and self.nccl_init_addr is not None:
             raise ValueError(f"nccl-init-addr is of one replica, but dp is {self.dp}")
-        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
-            raise ValueError(
-                f"mem-fraction-static must be within (0, 1], got {self.mem_fraction_static}"
-            )
         if not (self.model_path / "config.json").is_file():
             raise ValueError(f"model-path {self.model_path} is not a model: it has no config.json")
         if self.tokenizer_path is not None and not self.tokenizer_path.is_dir():
             raise ValueError(f"tokenizer-path {self.tokenizer_path} is not a directory")
+
+    @property
+    def public_grpc_port(self) -> int:
+        """Where the public gRPC API listens."""
+        return self.port + 1 if self.grpc_port is None else self.grpc_port
+
+    def _check_ports(self) -> None:
+        for name, port in (("port", self.port), ("grpc-port", self.grpc_port)):
+            if port is not None and not 1 <= port <= 65535:
+                raise ValueError(f"{name} must be within 1..65535, got {port}")
+        if self.public_grpc_port > 65535:
+            raise ValueError(f"port {self.port} leaves none for gRPC above it: give --grpc-port")
+        if self.public_grpc_port == self.port:
+            raise ValueError(f"grpc-port must differ from port, both are {self.port}")

@@ -42,7 +42,7 @@ def main() -> None:
         except ServiceGaveUpError as error:
             sys.exit(f"rhizome serve: giving up. {error}")
     elif command == "warm":
-        sys.exit(warm(parse_config(ServeConfig, "serve", arguments, program="rhizome warm")))
+        warm(parse_config(ServeConfig, "serve", arguments, program="rhizome warm"))
     elif command in ("--help", "-h"):
         print(_USAGE, end="")
     else:

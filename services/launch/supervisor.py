@@ -22,13 +22,14 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.config import child_environment
+from services.common.process import EXIT_CANNOT_START
 from services.common.rpc import open_channel
 from services.launch.topology import ServiceSpec
 
 logger = logging.getLogger(__name__)
 
-# A worker's exit status for "starting again cannot help" (services/worker/main.py).
-PERMANENT_FAILURE = 3
+# Statuses after which starting again cannot help; 2 is that of flags that are refused.
+_PERMANENT_FAILURES = (2, EXIT_CANNOT_START)
 
 _MAX_START_FAILURES = 3
 _FIRST_BACKOFF_S = 0.5
@@ -72,7 +73,7 @@ class _Service:
                 return
             steady = was_ready and time.monotonic() - started > _STEADY_S
             failures = 0 if steady else failures + 1
-            if status == PERMANENT_FAILURE or (failures >= _MAX_START_FAILURES and not was_ready):
+            if status in _PERMANENT_FAILURES or (failures >= _MAX_START_FAILURES and not was_ready):
                 raise ServiceGaveUpError(self._obituary(status, failures))
             backoff = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(0, failures - 1))
             logger.warning(
@@ -98,6 +99,7 @@ class _Service:
             await process.wait()
 
     async def _run_once(self) -> int:
+        self._last_lines.clear()
         self._process = await asyncio.create_subprocess_exec(
             *self.spec.argv,
             stdin=asyncio.subprocess.DEVNULL,
@@ -132,7 +134,7 @@ class _Service:
                 await asyncio.sleep(_POLL_S)
 
     def _obituary(self, status: int, failures: int) -> str:
-        if status == PERMANENT_FAILURE and self._last_lines:
+        if status in _PERMANENT_FAILURES and self._last_lines:
             return f"{self.spec.name} cannot start: {self._last_lines[-1]}"
         lines = "\n".join(f"    {line}" for line in self._last_lines)
         return (

@@ -35,7 +35,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     }
     if config.node_rank > 0:
         return [_node(config, directory, parent_pid)]
-    gateway_grpc = f"{config.host}:{_grpc_port(config)}"
+    gateway_grpc = f"{config.host}:{config.public_grpc_port}"
 
     def spec(name: str, module: str, listen: str, *arguments: str, grace_s: float) -> ServiceSpec:
         return _service(config, parent_pid, name, module, listen, *arguments, grace_s=grace_s)
@@ -108,10 +108,6 @@ def _service(
         health_target=listen,
         grace_s=grace_s,
     )
-
-
-def _grpc_port(config: ServeConfig) -> int:
-    return config.port + 1 if config.grpc_port is None else config.grpc_port
 
 
 def _model_arguments(config: ServeConfig) -> tuple[str, ...]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.common.policies import PolicyName
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
     DEFAULT_PREFIX_WEIGHT,
     DEFAULT_STALL_WEIGHT,
-    PolicyName,
 )
 
 _NOT_NEGATIVE = (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import die_with_parent, run, stop_event
+from services.common.process import die_with_parent, exit_for, run, stop_event
 from services.scheduler.config import SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ def main() -> None:
     try:
         run(_serve(config))
     except (OSError, ValueError) as error:
-        sys.exit(f"scheduler: {error}")
+        exit_for("scheduler", error)
 
 
 async def _serve(config: SchedulerConfig) -> None:

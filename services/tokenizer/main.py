@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import die_with_parent, run, stop_event
+from services.common.process import die_with_parent, exit_for, run, stop_event
 from services.tokenizer.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ def main() -> None:
     try:
         run(serve(config))
     except (ValueError, OSError) as error:
-        logger.error("event=failed reason=%s", error)
-        sys.exit(1)
+        exit_for("tokenizer", error)
 
 
 async def serve(config: TokenizerConfig) -> None:

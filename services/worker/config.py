@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.engine_flags import check_engine_flags
 from services.common.model_files import builtin_model_path
 from services.common.nodes import check_nodes, check_p2p
 from services.worker.engine.options import EngineOptions
@@ -151,13 +152,12 @@ class WorkerConfig:
     """Process to die with; set by the launcher."""
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.base_gpu_id < 0:
-            raise ValueError(f"base_gpu_id must be >= 0, got {self.base_gpu_id}")
+        if self.tp_size < 1:
+            raise ValueError(f"tp_size must be >= 1, got {self.tp_size}")
+        check_engine_flags(self)
         check_p2p(
             enabled=self.enable_p2p_check,
+            tp=self.tp_size,
             device=self.device,
             nnodes=self.nnodes,
             disable_custom_all_reduce=self.disable_custom_all_reduce,
@@ -168,24 +168,23 @@ class WorkerConfig:
             node_rank=self.node_rank,
             nccl_init_addr=self.nccl_init_addr,
         )
-        for name in ("context_length", "chunked_prefill_size", "max_running_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
         if self.max_queued_requests < 0:
             raise ValueError(f"max_queued_requests must be >= 0, got {self.max_queued_requests}")
-        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
+        if not self.drain_timeout_s >= 0:
+            raise ValueError(f"drain_timeout_s must be >= 0, got {self.drain_timeout_s}")
+        if self.scheduler and self.advertise_address is None and self._listens_everywhere:
             raise ValueError(
-                f"max_total_tokens must hold a page of {self.page_size}, "
-                f"got {self.max_total_tokens}"
-            )
-        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
-            raise ValueError(
-                f"mem_fraction_static must be within (0, 1], got {self.mem_fraction_static}"
+                "advertise_address must say how others reach a worker that listens on "
+                f"{self.listen}"
             )
         for label in self.label:
             if not label.partition("=")[1]:
                 raise ValueError(f"label must be key=value, got {label!r}")
+
+    @property
+    def _listens_everywhere(self) -> bool:
+        host = self.listen.rpartition(":")[0]
+        return host in ("", "0.0.0.0", "[::]", "*") and self.node_rank == 0
 
     @property
     def model_name(self) -> str:

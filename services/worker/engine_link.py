@@ -18,7 +18,7 @@ import zmq
 from services.common.config import child_environment, kernel_cache_environment
 from services.worker.engine.messages import EngineInput, EngineOutput, Stop
 from services.worker.engine.options import EngineOptions
-from services.worker.engine.process import EngineSpec, encode_spec
+from services.worker.engine.spec import EngineSpec, encode_message
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,12 @@ class EngineProcess:
             options=options,
         )
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.worker.engine.process", encode_spec(spec)),
+            *(
+                sys.executable,
+                "-m",
+                "services.worker.engine.process",
+                encode_message(spec).decode(),
+            ),
             env=child_environment(kernel_cache_environment(kernel_cache_dir)),
         )
         logger.info("event=engine_started pid=%s", process.pid)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 
-from services.common.process import stop_event
+from services.common.process import EXIT_CANNOT_START, stop_event
 from services.common.rpc import RunningServer, running_server
 from services.worker.config import WorkerConfig
 from services.worker.engine.options import EngineOptions
@@ -22,8 +22,6 @@ from services.worker.replica import ReplicaFailedError
 
 logger = logging.getLogger(__name__)
 
-# As services/worker/engine/runner/follower.py exits when starting again cannot help.
-_EXIT_PERMANENT = 3
 _STOP_TIMEOUT_S = 5.0
 
 
@@ -131,5 +129,5 @@ async def _until_over(ranks: list[NodeRank], stop: asyncio.Event) -> None:
         rank, status = ended[0]
         raise ReplicaFailedError(
             f"the group has ended: rank {rank.rank} exited with status {status}",
-            permanent=status == _EXIT_PERMANENT,
+            permanent=status == EXIT_CANNOT_START,
         )

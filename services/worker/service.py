@@ -100,15 +100,12 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
 
 
 def advertised(options: ServiceOptions, port: int) -> str:
-    """The target others reach the worker by. Raises ValueError where it must be given."""
+    """The target others reach the worker by."""
     if options.advertise_address is not None:
         return options.advertise_address
     if options.listen.startswith("unix:"):
         return options.listen
-    host = options.listen.rpartition(":")[0]
-    if options.schedulers and host in ("", "0.0.0.0", "[::]", "*"):
-        raise ValueError(f"advertise-address must be given with --listen {options.listen}")
-    return f"{host}:{port}"
+    return f"{options.listen.rpartition(':')[0]}:{port}"
 
 
 def _heartbeat(replica: Replica) -> pb.Heartbeat:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from pathlib import Path
 
 from services.common.config import child_environment, kernel_cache_environment, parse_config
 from services.common.logs import configure_logging
+from services.common.process import EXIT_INTERRUPTED
 from services.worker.config import WorkerConfig
-from services.worker.engine.process import EngineSpec, encode_spec
+from services.worker.engine.spec import EngineSpec, encode_message
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +30,33 @@ def main() -> None:
     configure_logging("warm", config.log_level)
     if config.kernel_cache_dir is None:
         sys.exit("rhizome warm: --kernel-cache-dir says where the kernels go, and is missing")
-    sys.exit(warm(config, config.kernel_cache_dir))
+    if config.nnodes > 1:
+        sys.exit("rhizome warm: --nnodes has no meaning here: kernels are compiled on one host")
+    try:
+        status = warm(config, config.kernel_cache_dir)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    sys.exit(status)
 
 
 def warm(config: WorkerConfig, directory: Path) -> int:
     """Fill `directory`; the status of the process that did."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"rhizome warm: --kernel-cache-dir {directory} cannot be made: {error}")
     started = time.monotonic()
     spec = EngineSpec(
         input_address="",
         output_address="",
-        parent_pid=0,
+        parent_pid=os.getpid(),
         log_level=config.log_level,
         # Kernels depend on shapes, not on weights.
         options=replace(config.engine_options(), load_format="dummy"),
     )
     # A process of its own: caches are found by the environment it starts with.
     status = subprocess.run(
-        [sys.executable, "-m", "services.worker.engine.warm_up", encode_spec(spec)],
+        [sys.executable, "-m", "services.worker.engine.warm_up", encode_message(spec).decode()],
         env=child_environment(kernel_cache_environment(directory)),
         check=False,
     ).returncode

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from services.common.model_files import builtin_model_path
-from tests.e2e.system import ROOT, running_system
+from tests.e2e.system import ROOT, free_port, running_system
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -85,7 +85,7 @@ def test_a_model_that_cannot_load_is_given_up_with_the_reason(tmp_path: Path) ->
     shutil.copytree(builtin_model_path(), broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: 1 << 20])
-    serve = run("services.launch", "serve", "--model-path", str(broken), "--port", "0")
+    serve = run("services.launch", "serve", "--model-path", str(broken), "--port", str(free_port()))
     assert serve.returncode == 1
     assert "giving up" in serve.stderr
     assert "model.safetensors" in serve.stderr
@@ -97,6 +97,7 @@ def test_a_model_that_cannot_load_is_given_up_with_the_reason(tmp_path: Path) ->
         (("--model-path", "/nowhere"), "config.json"),
         (("--tp", "0"), "tp must be >= 1"),
         (("--no-such-flag",), "--no-such-flag"),
+        (("--context-length", "0"), "context_length must be >= 1"),
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(flags: tuple[str, ...], named: str) -> None:

@@ -261,3 +261,22 @@ def make_request(
         sampling=sampling,
         **fields,  # type: ignore[arg-type]
     )
+
+
+def run_to_end(
+    loop: EngineLoop, inbox: ListInbox, outbox: ListOutbox, requests: list[Request]
+) -> dict[int, list[int]]:
+    """Each request's tokens, by key, once all have ended without an error."""
+    inbox.messages += requests
+    tokens: dict[int, list[int]] = {request.key: [] for request in requests}
+    num_finished = seen = 0
+    while num_finished < len(requests):
+        loop.step()
+        for output in outbox.outputs[seen:]:
+            ids = iter(output.token_ids)
+            for key, number in zip(output.keys, output.num_tokens, strict=True):
+                tokens[key] += [next(ids) for _ in range(number)]
+            num_finished += len(output.finishes)
+            assert not output.errors
+        seen = len(outbox.outputs)
+    return tokens

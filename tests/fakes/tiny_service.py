@@ -1,6 +1,6 @@
 """A real process with a real health service, for tests of what starts and watches processes.
 
-usage: tiny_service.py LISTEN MODE    MODE: serve | fail | permanent | deaf
+usage: tiny_service.py LISTEN MODE    MODE: serve | fail | permanent | refuse | deaf
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from services.common.rpc import running_server
 
 async def main(listen: str, mode: str) -> int:
     print(f"loading for {mode}", flush=True)
-    if mode in ("fail", "permanent"):
+    if mode in ("fail", "permanent", "refuse"):
         print("cannot load: the disk is full", flush=True)
-        return 3 if mode == "permanent" else 1
+        return {"fail": 1, "refuse": 2, "permanent": 3}[mode]
     stop = stop_event()
     async with running_server(lambda _: None, [], listen, grace_s=0.1):
         await stop.wait()

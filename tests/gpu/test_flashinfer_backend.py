@@ -42,6 +42,8 @@ class Harness:
         page_size: int,
         seed: int,
         few_rows: int = 0,
+        num_slots: int = 12,
+        max_len: int = MAX_LEN,
     ) -> None:
         flashinfer_backend = pytest.importorskip(
             "services.worker.engine.attention.flashinfer_backend"
@@ -49,9 +51,9 @@ class Harness:
         triton_backend = pytest.importorskip("services.worker.engine.attention.triton_backend")
         self.random = np.random.default_rng(seed)
         torch.manual_seed(seed)
-        self.num_slots, self.page_size = 12, page_size
+        self.num_slots, self.page_size = num_slots, page_size
         self.heads, self.kv_heads = num_heads, num_kv_heads
-        max_pages = -(-MAX_LEN // page_size)
+        max_pages = -(-max_len // page_size)
         num_pages = self.num_slots * max_pages
         pools = [
             PagePool(
@@ -163,6 +165,17 @@ def test_captured_steps_of_few_rows_equal_the_reference() -> None:
         starts = harness.random.integers(0, MAX_LEN, num_rows).tolist()
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=True)
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=False)
+
+
+def test_as_many_rows_as_run_at_once_fit_the_workspace_with_64_heads() -> None:
+    harness = Harness(
+        num_heads=64, num_kv_heads=8, page_size=16, seed=3, num_slots=512, max_len=128
+    )
+    starts = harness.random.integers(0, 128, 512).tolist()
+    for num_rows in (512, 300, 512):
+        inputs = harness.inputs([1] * num_rows, starts[:num_rows])
+        harness.compare(inputs, LAYER, captured=True)
+        harness.compare(inputs, LAYER, captured=False)
 
 
 class Engine:

@@ -9,7 +9,7 @@ from services.worker.engine.loop import build_loop
 from services.worker.engine.messages import LogprobSpec, Request, SamplingParams
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.build import build_runner
-from tests.fakes.engine_driver import ListInbox, ListOutbox
+from tests.fakes.engine_driver import ListInbox, ListOutbox, run_to_end
 from tests.fakes.step_driver import GREEDY, StepDriver
 
 pytestmark = [
@@ -34,18 +34,7 @@ def serve(requests: list[Request], **changes: object) -> dict[int, list[int]]:
     runner, plan = build(num_pages=24, chunked_prefill_size=48, max_running_sequences=16, **changes)
     inbox, outbox = ListInbox(), ListOutbox()
     loop = build_loop(runner, plan, inbox, outbox)
-    inbox.messages += requests
-    tokens: dict[int, list[int]] = {request.key: [] for request in requests}
-    num_finished = seen = 0
-    while num_finished < len(requests):
-        loop.step()
-        for output in outbox.outputs[seen:]:
-            ids = iter(output.token_ids)
-            for key, number in zip(output.keys, output.num_tokens, strict=True):
-                tokens[key] += [next(ids) for _ in range(number)]
-            num_finished += len(output.finishes)
-            assert not output.errors
-        seen = len(outbox.outputs)
+    tokens = run_to_end(loop, inbox, outbox, requests)
     runner.close()
     assert runner.num_in_flight == 2
     assert outbox.outputs[-1].load.num_preemptions > 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -154,3 +157,46 @@ async def test_the_native_apis_counts_come_with_every_event() -> None:
     aborted = event(1, {"type": "abort", "message": "no room"})
     failed = await answer(streaming(aborted), GenerateApi(sends_ids=False))
     assert failed.error == "error in the stream: no room"
+
+
+async def test_a_server_that_breaks_off_when_the_cache_is_flushed_is_one_sentence() -> None:
+    async def break_off(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    async with server(break_off, "/flush_cache") as url:
+        command = (
+            *("bench", "serving", "--base-url", url, "--model", "m", "--flush-cache"),
+            *("--num-prompts", "1", "--warmup-requests", "0"),
+        )
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.launch", *command), stderr=asyncio.subprocess.PIPE
+        )
+        _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert errors.decode().startswith(f"rhizome bench serving: {url} does not answer: ")
+    assert "Traceback" not in errors.decode()
+
+
+async def test_an_interrupt_ends_the_benchmark_quietly() -> None:
+    arrived = asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async with server(hang, "/v1/completions") as url:
+        command = ("bench", "serving", "--base-url", url, "--model", "m", "--num-prompts", "1")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.launch", *command),
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        async with asyncio.timeout(30):
+            await arrived.wait()
+            os.killpg(process.pid, signal.SIGINT)
+            _, errors = await process.communicate()
+    assert process.returncode == 130
+    assert errors == b""

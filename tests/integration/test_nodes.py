@@ -1,5 +1,6 @@
 """One replica on two nodes, both of this host: rank 0 here, node 1 as a worker process."""
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,9 +92,24 @@ def test_nodes_that_were_told_different_things_do_not_start(
     model_path: Path, address: str, tmp_path: Path
 ) -> None:
     node = start_node(tmp_path, model_path, address, "--chunked-prefill-size", "64")
-    with pytest.raises(RankLostError, match="node 1 and node 0 differ in: chunked_prefill_size"):
+    with pytest.raises(ValueError, match="node 1 and node 0 differ in: chunked_prefill_size"):
         open_leader(model_path, address)
     assert node.wait() == 3
+    assert "Traceback" not in node.log.read_text()
+    node.close()
+
+
+def test_a_checkpoint_that_is_wrong_on_another_node_is_not_tried_again(
+    model_path: Path, address: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_path, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    node = start_node(tmp_path, broken, address)
+    with pytest.raises(ValueError, match=r"rank 1 failed: cannot read .*model\.safetensors"):
+        open_leader(model_path, address)
+    assert node.wait() == 3
+    assert "Traceback" not in node.log.read_text()
     node.close()
 
 

@@ -132,3 +132,9 @@ async def test_an_address_in_use_is_an_os_error(server: RunningServer) -> None:
     with pytest.raises(OSError, match="cannot listen"):
         async with running_server(lambda _: None, [], f"localhost:{server.port}"):
             pass
+
+
+async def test_a_port_that_cannot_be_is_refused_rather_than_another_taken() -> None:
+    with pytest.raises(ValueError, match="ports go up to 65535"):
+        async with running_server(lambda _: None, [], "localhost:99999"):
+            pass

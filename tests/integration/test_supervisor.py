@@ -98,13 +98,16 @@ async def test_repeated_failures_to_start_give_up_with_the_reason(tmp_path: Path
     with pytest.raises(ServiceGaveUpError, match="the disk is full") as gave_up:
         await supervisor.run(lambda: None, asyncio.Event())
     assert "3 in a row" in str(gave_up.value)
+    # Of the last try alone.
+    assert str(gave_up.value).count("the disk is full") == 1
     assert supervisor.pids() == {}
 
 
+@pytest.mark.parametrize("mode", ["permanent", "refuse"])
 async def test_a_permanent_failure_is_not_tried_again_and_its_last_line_is_the_reason(
-    tmp_path: Path,
+    tmp_path: Path, mode: str
 ) -> None:
-    supervisor = Supervisor([tiny(tmp_path, "bad", "permanent")], tmp_path, print)
+    supervisor = Supervisor([tiny(tmp_path, "bad", mode)], tmp_path, print)
     with pytest.raises(
         ServiceGaveUpError, match="^bad cannot start: cannot load: the disk is full$"
     ):

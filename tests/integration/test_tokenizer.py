@@ -340,8 +340,8 @@ async def test_the_process_serves_until_told_to_stop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--chat-template", "lama-2"], 1, "neither a file nor one of"),
-        (["--model-path", "/nonexistent"], 1, "no tokenizer.json in /nonexistent"),
+        (["--chat-template", "lama-2"], 3, "neither a file nor one of"),
+        (["--model-path", "/nonexistent"], 3, "no tokenizer.json in /nonexistent"),
         (["--num-encode-threads", "0"], 2, "num_encode_threads must be >= 1"),
         (["--no-such-flag"], 2, "--no-such-flag"),
     ],

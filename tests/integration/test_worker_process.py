@@ -1,6 +1,8 @@
 """A whole worker, the real engine with the built-in model included, as its own processes."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -206,6 +208,37 @@ def test_a_missing_model_ends_the_worker_for_good(tmp_path: Path) -> None:
     finally:
         worker.close()
     assert "nowhere" in worker.log.read_text()
+
+
+def test_an_address_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    worker = subprocess.run(
+        [sys.executable, "-m", "services.worker", "--listen", "localhost:99999"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert worker.returncode == 3
+    last = "worker: cannot listen on localhost:99999: ports go up to 65535"
+    assert worker.stderr.splitlines()[-1] == last
+    assert "Traceback" not in worker.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (("--enable-torch-compile", "--tp", "2", "--device", "cpu"), "enable_torch_compile needs"),
+        (("--max-running-requests", "1000000000000"), "this host has too little memory"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_ends_the_worker_without_a_traceback(
+    tmp_path: Path, flag: tuple[str, ...], said: str
+) -> None:
+    worker = WorkerProcess(tmp_path, *flag)
+    assert worker.wait(60) == 3
+    log = worker.log.read_text()
+    assert said in log.splitlines()[-1]
+    assert "Traceback" not in log
+    worker.close()
 
 
 def test_the_engine_dies_with_its_front(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from services.bench.output import check_output
 from services.bench.presets import WorkloadFlags
 from services.worker.config import WorkerConfig
 
@@ -63,8 +65,9 @@ class LatencyConfig:
             values = getattr(self, name)
             if not values or min(values) < least:
                 raise ValueError(f"{name} takes numbers >= {least}, got {values}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        check_output("output_file", self.output_file)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number >= 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,7 @@ class OfflineConfig:
 
     def __post_init__(self) -> None:
         _refuse_front_flags(self.engine)
+        check_output("output_file", self.output_file)
         if self.repeat < 1:
             raise ValueError(f"repeat must be >= 1, got {self.repeat}")
 
@@ -100,3 +104,5 @@ def _refuse_front_flags(config: WorkerConfig) -> None:
     for name in _FRONT_FLAGS:
         if getattr(config, name) != defaults[name]:
             raise ValueError(f"{name} is the worker service's and has no meaning here")
+    if config.node_rank > 0:
+        raise ValueError("node_rank must be 0: the benchmark is node 0, the others are workers")

@@ -22,6 +22,7 @@ from services.bench.serving.report import RunFigures, format_report, headlines, 
 from services.bench.workloads import Workload
 
 _CONTROL_TIMEOUT_S = 30.0
+_MAX_REASON_CHARS = 200
 _WARMUP_SEED = 99
 _MAX_WARMUP_OUTPUT = 64
 # What servers answer that say who they are, in the order they are asked.
@@ -39,7 +40,7 @@ def bench_serving(config: ServingConfig) -> None:
     try:
         model, identity = asyncio.run(_meet(config))
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise ServerError(f"{config.base_url} does not answer: {error}") from error
+        raise _no_answer(config, error) from error
     workload = config.flags.resolve()
     target = Target(
         base_url=config.base_url.rstrip("/"),
@@ -82,6 +83,8 @@ def _run_all(
             bar.close()
     except ClientLostError as error:
         raise ServerError(str(error)) from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise _no_answer(config, error) from error
     return runs
 
 
@@ -141,6 +144,12 @@ async def _flush(config: ServingConfig) -> None:
                 if response.status == 200:
                     return
     raise ServerError(f"the cache cannot be flushed: none of {', '.join(_FLUSH_PATHS)} answers 200")
+
+
+def _no_answer(config: ServingConfig, error: Exception) -> ServerError:
+    # A timeout has no text; what a server says that speaks something else has many lines.
+    reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
+    return ServerError(f"{config.base_url} does not answer: {reason}")
 
 
 def _name(config: ServingConfig, identity: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 
+from services.bench.output import check_output
 from services.bench.presets import Arrival, WorkloadFlags
 
 Backend = Literal["completions", "chat", "generate"]
@@ -74,6 +76,9 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
+        if self.base_url.rstrip("/").endswith("/v1"):
+            raise ValueError(f"base_url is without /v1, got {self.base_url!r}")
+        _check_host(self.base_url)
         for name in ("request_rate", "timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -89,9 +94,9 @@ class ServingConfig:
         if self.plot_file is not None and self.plot_file.suffix != ".svg":
             raise ValueError(f"plot_file must end in .svg, got {self.plot_file}")
         for name in ("output_file", "plot_file"):
-            path = getattr(self, name)
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"{name}: there is no directory {path.parent}")
+            check_output(name, getattr(self, name))
+        if self.output_details and self.output_file is None:
+            raise ValueError("output_details adds to output_file, which is not given")
 
     @property
     def arrival(self) -> Arrival:
@@ -114,3 +119,14 @@ class ServingConfig:
     def sends_ids(self) -> bool:
         """Whether prompts travel as token ids."""
         return self.backend != "chat" and self.prompt_format != "text"
+
+
+def _check_host(base_url: str) -> None:
+    """Raises ValueError without a host, or for a port that cannot be."""
+    try:
+        parts = urlsplit(base_url)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ValueError(f"base_url must name a host and may name a port, got {base_url!r}")

@@ -4,7 +4,6 @@ from services.scheduler.policies.registry import (
     DEFAULT_EVICTION_WEIGHT,
     DEFAULT_PREFIX_WEIGHT,
     DEFAULT_STALL_WEIGHT,
-    PolicyName,
     make_policy,
 )
 
@@ -12,6 +11,5 @@ __all__ = [
     "DEFAULT_EVICTION_WEIGHT",
     "DEFAULT_PREFIX_WEIGHT",
     "DEFAULT_STALL_WEIGHT",
-    "PolicyName",
     "make_policy",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
 
+from services.common.policies import PolicyName
 from services.scheduler.pickers import LowestCost, PowerOfTwo, RandomChoice, Rotation
 from services.scheduler.policies.dynamo_cost import dynamo_blocks
 from services.scheduler.policies.e2 import E2, e2_branch
@@ -18,20 +18,6 @@ from services.scheduler.scorers.load import load_time
 from services.scheduler.scorers.prefix import prefill_time
 from services.scheduler.scorers.session import away_from_home
 from services.scheduler.scorers.stall import stall_time
-
-PolicyName = Literal[
-    "prefix_load",
-    "e2",
-    "least_loaded",
-    "least_outstanding",
-    "power_of_two",
-    "prefix_threshold",
-    "dynamo_cost",
-    "session_affinity",
-    "prefix_hash",
-    "round_robin",
-    "random",
-]
 
 # A prefill costs its request's time, and as much again of those that run beside it: what waits
 # costs one request only. So a burst with one new prefix waits for its first prefill rather than

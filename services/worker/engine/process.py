@@ -11,7 +11,6 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,35 +29,17 @@ from services.worker.engine.messages import (
 )
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.progress import ProgressBar
+from services.worker.engine.spec import (
+    PERMANENT_FAILURES,
+    EngineSpec,
+    decode_path,
+    failure_reason,
+)
 
 logger = logging.getLogger(__name__)
 
 # How long the last messages may take to leave when the process ends.
 _LINGER_MS = 2000
-
-# Failures to load that starting again cannot mend: a wrong model, a wrong wish.
-_PERMANENT = (ValueError, TypeError, KeyError, FileNotFoundError, NotImplementedError)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSpec:
-    """Everything an engine process is told when it starts."""
-
-    input_address: str
-    output_address: str
-    parent_pid: int
-    log_level: str
-    options: EngineOptions
-
-
-def encode_spec(spec: EngineSpec) -> str:
-    """The process's one argument."""
-    return msgspec.json.encode(spec, enc_hook=str).decode()
-
-
-def decode_spec(argument: str) -> EngineSpec:
-    """What `encode_spec` made. Raises msgspec.ValidationError."""
-    return msgspec.json.decode(argument, type=EngineSpec, dec_hook=_decode_path)
 
 
 class ZmqInbox:
@@ -106,7 +87,7 @@ class ZmqOutbox:
 
 def main() -> None:
     """Run one engine until it is told to stop or fails."""
-    spec = decode_spec(sys.argv[1])
+    spec = msgspec.json.decode(sys.argv[1], type=EngineSpec, dec_hook=decode_path)
     # Ctrl-C reaches the whole group; the front decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(spec.parent_pid)
@@ -129,10 +110,11 @@ def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bo
         runner, plan = _load(options, outbox)
     except Exception as error:
         # A wrong wish or a model that does not fit is explained by its message alone.
-        logger.error(
-            "event=engine_load_failed reason=%s", error, exc_info=not isinstance(error, ValueError)
+        is_explained = isinstance(error, ValueError | MemoryError)
+        logger.error("event=engine_load_failed reason=%s", error, exc_info=not is_explained)
+        outbox.send(
+            EngineFailed(failure_reason(error), permanent=isinstance(error, PERMANENT_FAILURES))
         )
-        outbox.send(EngineFailed(_reason(error), permanent=isinstance(error, _PERMANENT)))
         return False
     try:
         loop = build_loop(
@@ -145,7 +127,7 @@ def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bo
         loop.run()
     except Exception as error:
         logger.exception("event=engine_failed")
-        outbox.send(EngineFailed(_reason(error), permanent=False))
+        outbox.send(EngineFailed(failure_reason(error), permanent=False))
         return False
     finally:
         runner.close()
@@ -154,7 +136,7 @@ def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bo
 
 def _load(options: EngineOptions, outbox: ZmqOutbox) -> tuple[Runner, EnginePlan]:
     outbox.send(LoadProgress(0.0, "starting"))
-    # Imported late: torch takes seconds, and the front imports this module for EngineSpec.
+    # Imported late: torch takes seconds, before which the front has heard of this process.
     from services.worker.engine.runner.build import build_runner
 
     started = time.monotonic()
@@ -193,16 +175,6 @@ def ready_message(plan: EnginePlan) -> EngineReady:
         max_step_tokens=plan.max_step_tokens,
         tp_size=plan.tp_size,
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-
-
-def _decode_path(kind: type, value: object) -> object:
-    if kind is Path:
-        return Path(str(value))
-    raise NotImplementedError(f"no decoding of {kind}")
 
 
 if __name__ == "__main__":

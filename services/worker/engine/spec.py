@@ -1,4 +1,4 @@
-"""What the processes of ranks are told when they start; no torch, for those who only start them."""
+"""What an engine's processes are told when they start; no torch, for those who only start them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ import msgspec
 from services.worker.engine.options import EngineOptions
 
 FOLLOWER_MODULE = "services.worker.engine.runner.follower"
+
+# Failures to load that starting again cannot mend: a wrong model, a wrong wish, a host too small.
+PERMANENT_FAILURES = (
+    *(ValueError, TypeError, KeyError, MemoryError),
+    *(FileNotFoundError, NotImplementedError),
+)
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The one argument of an engine's process, which is rank 0's."""
+
+    input_address: str
+    output_address: str
+    parent_pid: int
+    log_level: str
+    options: EngineOptions
 
 
 class FollowerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +55,22 @@ class RankLoaded(msgspec.Struct, frozen=True, kw_only=True):
     """A rank's answer once its shard is loaded."""
 
     pool_budget_bytes: int
+
+
+class RankFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a rank cannot go on, and whether starting again cannot help."""
+
+    reason: str
+    is_permanent: bool
+
+
+def failure_reason(error: Exception) -> str:
+    """What the operator is told: a wrong wish explains itself, a bug needs its type."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"this host has too little memory: {error}"
+    return f"{type(error).__name__}: {error}"
 
 
 def encode_message(message: msgspec.Struct) -> bytes:

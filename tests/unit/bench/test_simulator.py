@@ -9,7 +9,7 @@ from bench.simulator.cluster import Cluster, Delays, Loss
 from bench.simulator.run import Setting, capacity, figures, simulate
 from bench.simulator.worker import WorkerShape
 from bench.simulator.workloads import WORKLOADS, make_workload
-from services.scheduler.policies import PolicyName
+from services.common.policies import PolicyName
 
 SMALL = Setting(workload="zipf", num_workers=3, num_requests=60)
 

@@ -35,13 +35,14 @@ def test_nodes_that_cannot_be_are_refused(flags, reason):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
+        ({"tp": 1}, "needs several GPUs"),
         ({"device": "cpu"}, "needs GPUs, but the device is cpu"),
         ({"disable_custom_all_reduce": True}, "what disable-custom-all-reduce turns off"),
         ({"nnodes": 2}, "for the GPUs of one host, but nnodes > 1"),
     ],
 )
 def test_a_check_of_what_nothing_uses_is_refused(flags, reason):
-    given = {"device": "auto", "nnodes": 1, "disable_custom_all_reduce": False, **flags}
+    given = {"tp": 2, "device": "auto", "nnodes": 1, "disable_custom_all_reduce": False, **flags}
     with pytest.raises(ValueError, match=reason):
         check_p2p(enabled=True, **given)
     check_p2p(enabled=False, **given)

@@ -117,11 +117,41 @@ def test_a_check_between_gpus_reaches_the_worker() -> None:
     [
         ({"tp": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
         ({"dp": 2, "tp": 2, "nnodes": 2, "nccl_init_addr": "h:1"}, "dp must be 1 with nnodes > 1"),
-        ({"dp": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
-        ({"device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
-        ({"base_gpu_id": -1}, "base-gpu-id must be >= 0"),
+        ({"dp": 2, "tp": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
+        ({"nccl_init_addr": "h:1"}, "nccl-init-addr is where several ranks meet"),
+        ({"tp": 2, "device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
+        ({"enable_p2p_check": True}, "enable-p2p-check needs several GPUs"),
+        ({"base_gpu_id": -1}, "base_gpu_id must be >= 0"),
     ],
 )
 def test_replicas_that_cannot_be_are_refused(asked: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         ServeConfig(**asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"context_length": 0}, "context_length must be >= 1"),
+        ({"chunked_prefill_size": -1}, "chunked_prefill_size must be >= 1"),
+        ({"max_running_requests": 0}, "max_running_requests must be >= 1"),
+        ({"max_total_tokens": 3}, "max_total_tokens must hold a page of 16"),
+        ({"mem_fraction_static": 1.5}, "mem_fraction_static must be within"),
+        ({"port": 0}, "port must be within 1..65535"),
+        ({"port": 65535}, "leaves none for gRPC"),
+        ({"port": 8000, "grpc_port": 8000}, "grpc-port must differ from port"),
+    ],
+)
+def test_what_no_service_can_work_with_is_refused_before_any_starts(
+    asked: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ServeConfig(**asked)
+
+
+def test_a_policy_that_the_scheduler_lacks_is_a_bad_flag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_config(ServeConfig, "serve", ["--policy", "bogus"])
+    assert raised.value.code == 2

@@ -4,12 +4,13 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.common.policies import PolicyName
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
-from services.scheduler.policies import PolicyName, make_policy
+from services.scheduler.policies import make_policy
 from services.scheduler.pools import Pool, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from services.scheduler.policies import PolicyName, make_policy
+from services.common.policies import PolicyName
+from services.scheduler.policies import make_policy
 from services.scheduler.policy import Policy, Query
 from services.scheduler.views import Charge, WorkerView
 from tests.unit.scheduler.build import make_query, make_request, make_view

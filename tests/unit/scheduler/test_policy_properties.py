@@ -6,8 +6,9 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from services.common.policies import PolicyName
 from services.scheduler.filters import eligible
-from services.scheduler.policies import PolicyName, make_policy
+from services.scheduler.policies import make_policy
 from services.scheduler.policy import Query
 from services.scheduler.views import Charge, WorkerRole, WorkerState, WorkerView
 from tests.unit.scheduler.build import chain, make_request, make_view

@@ -114,3 +114,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, reason: str) ->
     path.write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         CheckpointFile(path, CPU, SliceReader())
+
+
+def test_what_cannot_be_opened_is_said_with_its_path(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone.safetensors"):
+        with pytest.raises(ValueError, match=f"cannot read {path}: "):
+            CheckpointFile(path, CPU, SliceReader(64))

@@ -5,7 +5,7 @@ from services.worker.engine.loop import build_loop
 from services.worker.engine.messages import Request, SamplingParams
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.build import build_runner
-from tests.fakes.engine_driver import ListInbox, ListOutbox
+from tests.fakes.engine_driver import ListInbox, ListOutbox, run_to_end
 from tests.fakes.step_driver import StepDriver
 
 SYSTEM = list(range(300, 350))
@@ -40,18 +40,7 @@ def test_cached_chunked_and_preempted_sequences_get_the_tokens_they_get_alone() 
     ]
     inbox, outbox = ListInbox(), ListOutbox()
     loop = build_loop(runner, plan, inbox, outbox)
-    inbox.messages += requests
-    tokens: dict[int, list[int]] = {request.key: [] for request in requests}
-    num_finished = seen = 0
-    while num_finished < len(requests):
-        loop.step()
-        for output in outbox.outputs[seen:]:
-            ids = iter(output.token_ids)
-            for key, number in zip(output.keys, output.num_tokens, strict=True):
-                tokens[key] += [next(ids) for _ in range(number)]
-            num_finished += len(output.finishes)
-            assert not output.errors
-        seen = len(outbox.outputs)
+    tokens = run_to_end(loop, inbox, outbox, requests)
     # 14 pages hold three of them, which share three pages, at their full length of six or seven.
     assert outbox.outputs[-1].load.num_preemptions > 0
     assert outbox.outputs[-1].load.num_cached_tokens > 0

@@ -8,6 +8,7 @@ import pytest
 
 from services.common.model_files import builtin_model_path
 from services.worker.engine.options import EngineOptions
+from services.worker.engine.runner import memory
 from services.worker.engine.runner.build import build_runner
 from services.worker.engine.runner.memory import GIB, MemoryUse, ModelTooLargeError
 from services.worker.engine.runner.profile import (
@@ -102,3 +103,26 @@ def test_the_largest_step_has_all_tokens_in_all_rows_and_runs() -> None:
 def test_large_gpus_run_more_sequences_unless_told_otherwise() -> None:
     assert [decide_max_running(OPTIONS, gib * GIB) for gib in (0, 24, 79)] == [256, 256, 512]
     assert decide_max_running(replace(OPTIONS, max_running_sequences=7), 79 * GIB) == 7
+
+
+def test_files_that_a_control_group_keeps_cached_are_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{GIB}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon {GIB // 4}\ninactive_file {GIB // 2}\nactive_file {GIB // 4}\n"
+    )
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    memory.check_host(GIB * 3 // 4, "the weights take")
+    with pytest.raises(ModelTooLargeError, match=r"the weights take 0\.76 GiB, 0\.75 are"):
+        memory.check_host(int(GIB * 0.76), "the weights take")
+
+
+def test_a_cache_larger_than_the_host_is_refused() -> None:
+    path = builtin_model_path()
+    options = EngineOptions(
+        model_path=path, tokenizer_path=path, device="cpu", num_pages=10**12, load_format="dummy"
+    )
+    with pytest.raises(ModelTooLargeError, match="16000000000000 tokens of --max-total-tokens"):
+        build_runner(options, lambda fraction, what: None)

@@ -15,6 +15,7 @@ from services.worker.engine.distributed.rendezvous import (
 )
 from services.worker.engine.runner import watch as watch_module
 from services.worker.engine.runner.watch import LeaderWatch, RankWatch
+from services.worker.engine.spec import RankFailed, encode_message
 
 SOON_S = 10.0
 
@@ -49,8 +50,18 @@ def test_a_closed_channel_is_a_lost_rank(ends: tuple[Channel, Channel], watch: R
 
 
 def test_a_failed_rank_says_why(ends: tuple[Channel, Channel], watch: RankWatch) -> None:
-    ends[1].send(Kind.FAILED, b"out of memory")
+    ends[1].send(
+        Kind.FAILED, encode_message(RankFailed(reason="out of memory", is_permanent=False))
+    )
     with pytest.raises(RankLostError, match="rank 1 failed: out of memory"):
+        watch.wait_until_loaded()
+
+
+def test_a_rank_that_can_never_load_is_an_error_of_what_was_asked(
+    ends: tuple[Channel, Channel], watch: RankWatch
+) -> None:
+    ends[1].send(Kind.FAILED, encode_message(RankFailed(reason="no weights", is_permanent=True)))
+    with pytest.raises(ValueError, match="rank 1 failed: no weights"):
         watch.wait_until_loaded()
 
 

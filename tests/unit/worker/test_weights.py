@@ -75,6 +75,31 @@ def test_a_file_missing_from_the_index_is_named(tmp_path: Path) -> None:
         open_runner(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index", [{"metadata": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}]
+)
+def test_an_index_without_files_is_said(model_path: Path, index: dict[str, object]) -> None:
+    (model_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        open_runner(model_path)
+
+
+def test_numbers_that_are_no_floats_are_refused(model_path: Path) -> None:
+    rewrite(model_path, {"model.norm.weight": torch.ones(32, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has type torch\.int32"):
+        open_runner(model_path)
+
+
+def test_fp8_weights_that_the_configuration_does_not_announce_are_refused(
+    model_path: Path,
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stored = load_file(model_path / "model.safetensors")[name]
+    rewrite(model_path, {name: stored.to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match="config.json has no quantization_config"):
+        open_runner(model_path)
+
+
 def test_no_weights_at_all(model_path: Path) -> None:
     (model_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no safetensors files in"):
@@ -114,10 +139,10 @@ def test_an_unknown_load_format_is_refused(model_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: L"),
         ({"architectures": None}, r"\(none named\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"vocab_size": None}, "vocab_size must be an integer"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer"),
         ({"quantization_config": {"bits": 4}}, "quant_method None is not supported"),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope scaling 'su'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "a number for factor, got None"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number, got None"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"dtype": "float8"}, "dtype 'float8'"),

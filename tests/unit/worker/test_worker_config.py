@@ -80,6 +80,10 @@ def test_repeated_flags_gather() -> None:
         ("--kv-cache-dtype", "fp8"),
         ("--schedule-policy", "random"),
         ("--unknown", "1"),
+        ("--drain-timeout-s", "-3"),
+        ("--nccl-init-addr", "node-0:5000"),
+        ("--enable-p2p-check",),
+        ("--listen", "0.0.0.0:30040", "--scheduler", "localhost:30020"),
     ],
 )
 def test_bad_flags_exit_with_2(arguments: tuple[str, ...]) -> None:

@@ -30,12 +30,12 @@ from services.worker.engine.attention.page_lists import PageLists, indptr_of, pa
 from services.worker.engine.attention.sharing import PrefixFinder
 from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.upload import upload_into
+from services.worker.engine.attention.workspace import float_workspace_bytes
 from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kv.pool import PagePool
 
 _STEPS_IN_FLIGHT = 2
-_FLOAT_WORKSPACE_BYTES = 256 * 1024**2
 _INT_WORKSPACE_BYTES = 8 * 1024**2
 # Up to so many rows the Triton backend's one launch takes less time than FlashInfer's two.
 _FEW_ROWS = 8
@@ -82,9 +82,14 @@ class FlashInferAttention:
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = pool.tensor.shape[-2:]
         device = pool.tensor.device
-        self._float_workspace = torch.zeros(
-            _FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device
+        num_bytes = float_workspace_bytes(
+            num_heads=num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_dim=self._head_dim,
+            max_captured_rows=max_captured_rows,
+            num_processors=torch.cuda.get_device_properties(device).multi_processor_count,
         )
+        self._float_workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._decode = DecodeCalls(self._float_workspace, self._shape_arguments())
         self._cascade = CascadeCalls(self._float_workspace, self._decode, self._shape_arguments())
         self._prefixes = PrefixFinder(

@@ -19,6 +19,12 @@ def upload(device: torch.device, *arrays: npt.NDArray[np.integer]) -> tuple[torc
     return torch.split(packed, [len(array) for array in arrays])
 
 
+def upload_array(device: torch.device, array: npt.NDArray[np.integer]) -> torch.Tensor:
+    """An array -> a tensor of its shape and type on `device`."""
+    values = torch.from_numpy(array)
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 def upload_into(target: torch.Tensor, values: npt.NDArray[np.integer]) -> None:
     """Overwrite `target`, of the same shape and type."""
     source = torch.from_numpy(values)

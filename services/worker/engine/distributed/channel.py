@@ -28,7 +28,7 @@ class Kind(IntEnum):
     """What a frame says; the payload is in parentheses."""
 
     # From the other rank: it is up (RankHello); it starts as told; its shard is loaded
-    # (RankLoaded); it cannot go on (reason); its process runs.
+    # (RankLoaded); it cannot go on (RankFailed); its process runs.
     HELLO = 1
     STARTED = 2
     LOADED = 3

@@ -22,7 +22,6 @@ import triton.language as tl
 
 from services.worker.engine.kernels.dependent_launch import (
     allow_dependents,
-    can_overlap,
     launch_options,
     wait_for_predecessors,
 )
@@ -31,6 +30,8 @@ MAX_TOKENS = 32
 # Fewer outputs than this are too few programs to keep the memory busy: smaller tiles for one
 # token, cuBLAS (which divides K as well) for several.
 _MIN_ROWS = 4096
+# Shared memory that the tiles of several tokens fill, at MAX_TOKENS.
+SHARED_BYTES = 192 * 1024
 # Features are read 16 at a time, which aligns every row for the widest loads.
 _FEATURE_MULTIPLE = 16
 
@@ -168,8 +169,8 @@ def _few_tokens(
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether these kernels compute this product, and faster than cuBLAS does.
 
-    Several tokens: their tiles want the shared memory of a Hopper GPU, weights of 16 bits, and
-    enough outputs.
+    Several tokens: their tiles want the shared memory of a data centre's Hopper GPU or a later
+    one, weights of 16 bits, and enough outputs.
     """
     num_rows, size = weight.shape
     if x.dtype.itemsize != 2 or size % _FEATURE_MULTIPLE or not weight.is_contiguous():
@@ -177,7 +178,16 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if len(x) == 1:
         return True
     is_large = num_rows >= _MIN_ROWS and weight.dtype == x.dtype
-    return is_large and 1 < len(x) <= MAX_TOKENS and can_overlap(x.device)
+    return is_large and 1 < len(x) <= MAX_TOKENS and _has_room(x.device)
+
+
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Newer GPUs are not larger ones: compute capability 12.0 has half of 9.0's shared memory."""
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= SHARED_BYTES)
 
 
 def matvec(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ class CheckpointFile:
     """Owns an open safetensors file; `tensors` by name. Reading it from several threads is fine."""
 
     def __init__(self, path: Path, device: torch.device, reader: SliceReader) -> None:
-        """Raises ValueError when the file is damaged or holds a type that is not known."""
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Raises ValueError when the file cannot be opened, is damaged or has an unknown type."""
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
         try:
             first, entries = _read_header(self._fd, path)
             self.tensors = {
@@ -209,7 +213,10 @@ class _Block:
 
 def _read_header(fd: int, path: Path) -> tuple[int, dict[str, _Entry]]:
     """Where the tensors start, and what the header says of each. Raises ValueError."""
-    size = os.fstat(fd).st_size
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"cannot read {path}: it is no file")
+    size = status.st_size
     prefix = os.pread(fd, _LENGTH_BYTES, 0)
     length = int.from_bytes(prefix, "little")
     first = _LENGTH_BYTES + length
@@ -227,6 +234,8 @@ def _read_header(fd: int, path: Path) -> tuple[int, dict[str, _Entry]]:
         begin, end = entry.data_offsets
         if entry.dtype not in _DTYPES:
             raise ValueError(f"cannot read {path}: type {entry.dtype} of {name} is not known")
+        if min(entry.shape, default=0) < 0:
+            raise ValueError(f"cannot read {path}: {name} has the shape {entry.shape}")
         if end - begin != math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize:
             raise ValueError(f"cannot read {path}: {name} has not the size of its shape")
         if not 0 <= begin <= end <= size - first:

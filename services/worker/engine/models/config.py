@@ -65,9 +65,11 @@ def parse_decoder(
         raise ValueError(f"hidden_act {activation!r} is not supported; supported: 'silu'")
     num_heads = integer(raw, "num_attention_heads")
     hidden_size = integer(raw, "hidden_size")
-    head_dim = raw.get("head_dim") or hidden_size // num_heads
+    head_dim = integer(raw, "head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ValueError(f"config.json: heads of {head_dim} numbers cannot be rotated in pairs")
     num_layers = integer(raw, "num_hidden_layers")
-    num_kv_heads = raw.get("num_key_value_heads") or num_heads
+    num_kv_heads = integer(raw, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} attention heads do not divide by {num_kv_heads} kv heads")
     rope = _parse_rope(raw, head_dim)
@@ -81,7 +83,7 @@ def parse_decoder(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=rope,
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
@@ -96,12 +98,28 @@ def parse_decoder(
     )
 
 
-def integer(raw: Json, name: str) -> int:
-    """A required integer of config.json. Raises ValueError."""
+def integer(raw: Json, name: str, default: int | None = None) -> int:
+    """A positive integer of config.json, required where there is no default. Raises ValueError."""
     value = raw.get(name)
-    if not isinstance(value, int):
-        raise ValueError(f"config.json: {name} must be an integer, got {value!r}")
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
     return value
+
+
+def section(raw: Json, *names: str) -> Json:
+    """The first object of these names that config.json has; empty where it has none.
+
+    Raises ValueError for what is no object.
+    """
+    for name in names:
+        value = raw.get(name)
+        if value and not isinstance(value, Mapping):
+            raise ValueError(f"config.json: {name} must be an object, got {value!r}")
+        if value:
+            return value
+    return {}
 
 
 def _parse_dtype(raw: Json) -> str:
@@ -112,13 +130,13 @@ def _parse_dtype(raw: Json) -> str:
 
 
 def _parse_rope(raw: Json, head_dim: int) -> RopeConfig:
-    settings: Json = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    settings = section(raw, "rope_parameters", "rope_scaling")
     if any(isinstance(value, Mapping) for value in settings.values()):
         raise ValueError("config.json: rotary embeddings that differ by layer are not supported")
     partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported")
-    theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    theta = _number(settings, "rope_theta", _number(raw, "rope_theta", 10_000.0))
     return RopeConfig(theta=theta, head_dim=head_dim, scaling=_parse_scaling(raw, settings))
 
 
@@ -162,10 +180,12 @@ def _parse_scaling(raw: Json, settings: Json) -> RopeScaling | None:
     )
 
 
-def _number(settings: Json, name: str) -> float:
+def _number(settings: Json, name: str, default: float | None = None) -> float:
     value = settings.get(name)
+    if value is None:
+        value = default
     if not isinstance(value, int | float):
-        raise ValueError(f"config.json: rope scaling needs a number for {name}, got {value!r}")
+        raise ValueError(f"config.json: {name} must be a number, got {value!r}")
     return float(value)
 
 

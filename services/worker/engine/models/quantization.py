@@ -30,6 +30,8 @@ def parse_quantization(raw: Mapping[str, Any]) -> Fp8Scheme | None:
     settings = raw.get("quantization_config") or raw.get("compression_config")
     if not settings:
         return None
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"config.json: quantization_config must be an object, got {settings!r}")
     method = settings.get("quant_method")
     if method == "fp8":
         return _parse_fp8(settings)

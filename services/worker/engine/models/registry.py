@@ -84,6 +84,8 @@ def load_model_config(model_path: Path) -> ModelConfig:
     if not raw:
         raise ValueError(f"no config.json in {model_path}")
     names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json: architectures must be a list of names, got {names!r}")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name](raw, name)

@@ -64,6 +64,8 @@ def load_weights(
             raise ValueError(f"{model_path} has tensors this model does not: {_listed(unexpected)}")
         # In the order of the files, so that disks read ahead.
         work = [(stored[name], expected[name]) for name in stored if name in expected]
+        for tensor, _ in work:
+            _check_type(tensor, model)
         _load_all(work, on_progress)
     if unused_scales:
         logger.warning(
@@ -107,7 +109,12 @@ def _same_shape(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 def _files(model_path: Path) -> list[Path]:
     index = read_json(model_path / _INDEX_FILE)
     if index:
-        files = sorted({model_path / name for name in index["weight_map"].values()})
+        places = index.get("weight_map")
+        if not isinstance(places, dict) or not all(type(name) is str for name in places.values()):
+            raise ValueError(
+                f"{model_path / _INDEX_FILE} has no weight_map from tensors to names of files"
+            )
+        files = sorted({model_path / name for name in places.values()})
         absent = [path.name for path in files if not path.is_file()]
         if absent:
             raise ValueError(f"{model_path} lacks files of its index: {_listed(absent)}")
@@ -116,6 +123,17 @@ def _files(model_path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"no safetensors files in {model_path}")
     return files
+
+
+def _check_type(tensor: CheckpointTensor, model: Decoder) -> None:
+    """Raise ValueError for numbers that mean something else than what the model computes with."""
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"tensor {tensor.name} has type {tensor.dtype}, not one of floats")
+    if tensor.dtype.itemsize == 1 and model.config.fp8 is None:
+        raise ValueError(
+            f"tensor {tensor.name} has type {tensor.dtype}, but config.json has no "
+            "quantization_config that says how it is scaled"
+        )
 
 
 def _load_all(work: list[tuple[CheckpointTensor, list[_Taker]]], on_progress: Progress) -> None:

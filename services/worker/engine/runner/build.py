@@ -20,6 +20,7 @@ from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.groups import make_group, take_gpu
 from services.worker.engine.runner.profile import (
+    PoolBudget,
     largest_step,
     memory_at_start,
     pool_budget,
@@ -32,7 +33,6 @@ from services.worker.engine.runner.setup import (
     decide_device,
     decide_dtype,
     decide_plan,
-    device_memory,
     load_model,
     make_runner,
 )
@@ -118,12 +118,13 @@ def _build_ranked(
             on_progress=lambda fraction: on_progress(_WEIGHTS_SHARE * fraction, "weights"),
         )
         with watch.calling():
-            budgets = [pool_budget(model, options, group, device=device, free_at_start=free)]
-        budgets += [
+            budget = pool_budget(model, options, group, device=device, free_at_start=free)
+        others = [
             msgspec.json.decode(payload, type=RankLoaded).pool_budget_bytes
             for payload in watch.wait_until_loaded()
         ]
-        plan = _plan(options, config, device, min(budgets))
+        budget = replace(budget, num_bytes=min(budget.num_bytes, *others))
+        plan = _plan(options, config, device, budget)
         ranks.send(Kind.READY, msgspec.json.encode(plan))
         with watch.calling():
             local = make_runner(model, plan, group)
@@ -136,15 +137,15 @@ def _build_ranked(
 
 
 def _plan(
-    options: EngineOptions, config: ModelConfig, device: torch.device, budget: int
+    options: EngineOptions, config: ModelConfig, device: torch.device, budget: PoolBudget
 ) -> EnginePlan:
     return decide_plan(
         options,
         config,
         device=device,
         eos_token_ids=tuple(eos_token_ids(options.model_path, options.tokenizer_path)),
-        pool_budget_bytes=budget,
-        device_bytes=device_memory(device),
+        pool_budget_bytes=budget.num_bytes,
+        device_bytes=budget.device_bytes,
     )
 
 

@@ -6,9 +6,11 @@ inherits one end of a socket pair; on another it meets rank 0 at the options' `n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import torch
 
 from services.common.logs import configure_logging
 from services.common.nodes import HostPort, parse_host_port
-from services.common.process import die_with_parent
+from services.common.process import EXIT_CANNOT_START, die_with_parent
 from services.worker.engine.distributed.channel import Channel, Kind, RankLostError
 from services.worker.engine.distributed.plan_codec import decode_plan
 from services.worker.engine.distributed.rendezvous import (
@@ -34,17 +36,17 @@ from services.worker.engine.runner.profile import memory_at_start, pool_budget
 from services.worker.engine.runner.setup import decide_device, decide_dtype, load_model, make_runner
 from services.worker.engine.runner.watch import LeaderWatch
 from services.worker.engine.spec import (
+    PERMANENT_FAILURES,
     FollowerSpec,
+    RankFailed,
     RankLoaded,
     RankStart,
     decode_path,
     encode_message,
+    failure_reason,
 )
 
 logger = logging.getLogger(__name__)
-
-# Exit status of a failure that starting again cannot mend.
-EXIT_PERMANENT = 3
 
 # What may differ between the nodes of a group.
 _OWN_OPTIONS = ("model_path", "tokenizer_path", "node_rank", "nccl_init_addr", "base_gpu_id")
@@ -53,6 +55,8 @@ _OWN_OPTIONS = ("model_path", "tokenizer_path", "node_rank", "nccl_init_addr", "
 def main() -> None:
     """The process: 0 when rank 0 ended it, 3 or 1 when this rank failed."""
     spec = msgspec.json.decode(sys.argv[1], type=FollowerSpec, dec_hook=decode_path)
+    # Ctrl-C reaches the whole group; rank 0 decides when the ranks stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(spec.parent_pid)
     configure_logging(f"worker-rank{spec.rank}", "warning")
     try:
@@ -71,9 +75,14 @@ def main() -> None:
         logger.warning("event=rank_0_lost reason=%s", error)
         sys.exit(1)
     except Exception as error:
-        logger.exception("event=rank_failed")
-        channel.send(Kind.FAILED, str(error).encode())
-        sys.exit(EXIT_PERMANENT if isinstance(error, ValueError) else 1)
+        is_permanent = isinstance(error, PERMANENT_FAILURES)
+        reason = failure_reason(error)
+        logger.error("event=rank_failed reason=%s", reason, exc_info=not is_permanent)
+        failed = RankFailed(reason=reason, is_permanent=is_permanent)
+        # Rank 0 may be gone, too; the status below says the same.
+        with contextlib.suppress(RankLostError):
+            channel.send(Kind.FAILED, encode_message(failed))
+        sys.exit(EXIT_CANNOT_START if is_permanent else 1)
 
 
 def merged_options(start: RankStart, own: EngineOptions) -> EngineOptions:
@@ -118,12 +127,16 @@ def _serve(channel: Channel, spec: FollowerSpec, start: RankStart, options: Engi
     free = memory_at_start(device)
     model = load_model(options, config, device=device, group=group, on_progress=lambda _: None)
     budget = pool_budget(model, options, group, device=device, free_at_start=free)
-    channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget)))
+    channel.send(Kind.LOADED, encode_message(RankLoaded(pool_budget_bytes=budget.num_bytes)))
     kind, payload = channel.receive()
     if kind is Kind.READY:
         plan = msgspec.json.decode(payload, type=EnginePlan)
         runner = make_runner(model, plan, group, reports=False)
-        _mirror(channel, runner, lambda: _tell_ready(spec))
+        try:
+            _mirror(channel, runner, lambda: _tell_ready(spec))
+        except PERMANENT_FAILURES as error:
+            # Loading went well, so nothing that was asked for is wrong: a new start may help.
+            raise RuntimeError(f"a step failed: {failure_reason(error)}") from error
         runner.close()
     watch.close()
     group.close()

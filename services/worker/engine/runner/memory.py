@@ -87,7 +87,13 @@ def remedies(options: EngineOptions, *, fits_weights: bool = True) -> list[str]:
 
 
 def check_weights(options: EngineOptions, num_bytes: int, device: torch.device) -> None:
-    """Raise ModelTooLargeError when a GPU has no room for the weights alone."""
+    """Raise ModelTooLargeError when a GPU has no room for the weights alone, or the host has none.
+
+    `num_bytes` are one rank's on a GPU, those of all the host's ranks on CPUs.
+    """
+    if device.type == "cpu":
+        check_host(num_bytes, "the weights take")
+        return
     free, total = free_memory(device)
     missing = num_bytes + RESERVE_BYTES - free
     if missing > 0:
@@ -120,6 +126,16 @@ def host_pool_bytes(fraction: float, ranks_per_node: int) -> int:
     return min(int(_available_host_bytes() * fraction), MAX_CPU_POOL_BYTES) // ranks_per_node
 
 
+def check_host(num_bytes: int, what: str) -> None:
+    """Raise ModelTooLargeError when the host has not so many bytes left."""
+    available = _available_host_bytes()
+    if num_bytes > available:
+        raise ModelTooLargeError(
+            f"the host's memory is too small: {what} {gib(num_bytes)} GiB, "
+            f"{gib(available)} are available"
+        )
+
+
 def _available_host_bytes() -> int:
     """What this process can still use: the host's memory or its control group's, the smaller."""
     available = 0
@@ -128,5 +144,10 @@ def _available_host_bytes() -> int:
             available = int(line.split()[1]) * 1024
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
+        # Files that were read stay cached, which counts as used; the kernel drops them at need.
+        statistics = dict(
+            line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines()
+        )
+        cached = sum(int(statistics[name]) for name in ("inactive_file", "active_file"))
+        available = min(available, int(text) - int(used.read_text()) + cached)
     return available

@@ -14,21 +14,17 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionBackend, CapturableAttention
 from services.worker.engine.batch import PromptLogprobRequest, StepPlan, StepResult
-from services.worker.engine.messages import LogprobSpec
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EnginePlan
 from services.worker.engine.runner.graphs import DecodeGraphs
 from services.worker.engine.runner.inputs import SlotTables, StepInputs
 from services.worker.engine.runner.pieces import PieceGraphs
-from services.worker.engine.sampling.counts import TokenCounts
 from services.worker.engine.sampling.logprobs import (
     PositionLogprobs,
-    compute_logprobs,
     concatenate,
     logprob_rows,
 )
-from services.worker.engine.sampling.sampler import sample
-from services.worker.engine.sampling.table import SamplingTable
+from services.worker.engine.sampling.steps import SampledStep, step_sampler
 
 # Prompt positions whose logits exist at one time.
 _PROMPT_LOGPROB_BLOCK = 256
@@ -49,19 +45,12 @@ class _Forwarded:
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
-    """A step whose result was not read yet; its tensors are on the host, maybe not yet filled."""
+    """A step whose result was not read yet."""
 
     plan: StepPlan
     sample_positions: npt.NDArray[np.int64]
-    # [R]
-    token_ids: torch.Tensor
-    logprob_rows: list[int]
-    logprob_specs: list[LogprobSpec]
-    logprobs: PositionLogprobs | None
-    # In the order of StepPlan.prompt_logprobs.
-    prompt_logprobs: list[PositionLogprobs]
-    # Comes after the copies to the host; None where they were done at once.
-    is_filled: torch.cuda.Event | None
+    # Its prompt_logprobs are in the order of StepPlan.prompt_logprobs.
+    step: SampledStep
 
 
 class ModelRunner:
@@ -93,12 +82,10 @@ class ModelRunner:
             padding_page=plan.num_pages,
             device=device,
         )
-        self._counts = TokenCounts(plan.vocab_size, device)
-        self._sampling = SamplingTable(
+        self._sampler = step_sampler(
             num_slots=num_slots,
             vocab_size=plan.vocab_size,
             eos_token_ids=plan.eos_token_ids,
-            counts=self._counts,
             device=device,
         )
         self._device = device
@@ -133,7 +120,7 @@ class ModelRunner:
     def forward(self, plan: StepPlan) -> None:
         """Issue the step's forward pass."""
         for assignment in plan.assignments:
-            self._sampling.assign(assignment)
+            self._sampler.assign(assignment)
         if self._graphs is not None and self._graphs.takes(plan):
             inputs, hidden = self._graphs.forward(plan)
             self._forwarded.append(self._forwarded_with(hidden, plan, inputs, []))
@@ -161,7 +148,7 @@ class ModelRunner:
         """[at least R, E] -> what sampling needs of the step."""
         num_rows = len(plan.sample_rows)
         # All ranks know the same of the rows, so all choose the same collective.
-        if self._shares_vocabulary and self._sampling.takes_largest(
+        if self._shares_vocabulary and self._sampler.takes_largest(
             inputs.sample_slots, inputs.sample_positions
         ):
             largest = self._model.largest(hidden)[:num_rows]
@@ -173,40 +160,25 @@ class ModelRunner:
     def sample(self) -> None:
         """Issue sampling for the newest forward pass."""
         forwarded = self._forwarded.pop()
-        inputs, logits = forwarded.inputs, forwarded.logits
-        reported: list[int] = []
-        specs: list[LogprobSpec] = []
-        logprobs = None
-        if logits is None:
+        inputs = forwarded.inputs
+        if forwarded.logits is None:
             assert forwarded.largest is not None, "one of the two is known"
-            token_ids = forwarded.largest
+            step = self._sampler.chosen(forwarded.largest, forwarded.prompt_logprobs)
         else:
-            batch = self._sampling.batch(inputs.sample_slots, inputs.sample_positions)
-            if self._reports:
-                reported, specs = batch.logprob_rows, batch.logprob_specs
-            raw_logits = logits[reported] if reported else None
-            token_ids = sample(logits, batch, self._counts)
-            if raw_logits is not None:
-                logprobs = compute_logprobs(raw_logits, token_ids[reported], specs)
-        self._tables.note_sampled(inputs.sampled_slots, token_ids)
-        if self._reports:
-            self._sampled.append(
-                _Sampled(
-                    plan=forwarded.plan,
-                    sample_positions=inputs.sample_positions,
-                    # Memory for such copies is pinned, so the host goes on at once.
-                    token_ids=token_ids.to("cpu", non_blocking=True),
-                    logprob_rows=reported,
-                    logprob_specs=specs,
-                    logprobs=None if logprobs is None else logprobs.to_host(),
-                    prompt_logprobs=[each.to_host() for each in forwarded.prompt_logprobs],
-                    is_filled=self._event(),
-                )
+            step = self._sampler.sample(
+                forwarded.logits,
+                inputs.sample_slots,
+                inputs.sample_positions,
+                forwarded.prompt_logprobs,
+                reports=self._reports,
             )
+        self._tables.note_sampled(inputs.sampled_slots, step.device_ids)
+        if self._reports:
+            self._sampled.append(_Sampled(forwarded.plan, inputs.sample_positions, step))
 
     def has_result(self) -> bool:
         """Whether `result` would not wait. Raises RuntimeError when the device failed."""
-        is_filled = self._sampled[0].is_filled
+        is_filled = self._sampled[0].step.is_filled
         if is_filled is None:
             return True
         return bool(is_filled.query())  # type: ignore[no-untyped-call]
@@ -214,33 +186,25 @@ class ModelRunner:
     def result(self) -> StepResult:
         """Wait for the oldest sampled step that was not read yet."""
         sampled = self._sampled.popleft()
-        if sampled.is_filled is not None:
-            sampled.is_filled.synchronize()
-        token_ids = sampled.token_ids.to(torch.int32).numpy()
+        step = sampled.step
+        if step.is_filled is not None:
+            step.is_filled.synchronize()
+        token_ids = step.token_ids.to(torch.int32).numpy()
         result = StepResult(step_number=sampled.plan.step_number, token_ids=token_ids)
-        if sampled.logprobs is not None:
-            for index, row in enumerate(sampled.logprob_rows):
+        if step.logprobs is not None:
+            for index, row in enumerate(step.logprob_rows):
                 result.output_logprobs[row] = logprob_rows(
-                    sampled.logprobs,
+                    step.logprobs,
                     slice(index, index + 1),
                     int(sampled.sample_positions[row]),
                     [int(token_ids[row])],
-                    sampled.logprob_specs[index],
+                    step.logprob_specs[index],
                 )
-        for request, values in zip(
-            sampled.plan.prompt_logprobs, sampled.prompt_logprobs, strict=True
-        ):
+        for request, values in zip(sampled.plan.prompt_logprobs, step.prompt_logprobs, strict=True):
             result.prompt_logprobs.append(
                 logprob_rows(values, slice(None), request.start, request.token_ids, request.spec)
             )
         return result
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self._device.type == "cpu":
-            return None
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
     def check(self) -> None:
         """Nothing here fails without a step."""
@@ -260,12 +224,11 @@ class ModelRunner:
         request: PromptLogprobRequest,
     ) -> PositionLogprobs:
         offset = int(inputs.first_tokens[request.row]) - int(plan.start_positions[request.row])
-        following = torch.tensor(request.token_ids, dtype=torch.int64, device=self._device)
         parts = []
         for start in range(request.start, request.stop, _PROMPT_LOGPROB_BLOCK):
             stop = min(start + _PROMPT_LOGPROB_BLOCK, request.stop)
             # The token at p - 1 predicts the one at p.
             logits = self._model.logits(hidden[offset + start - 1 : offset + stop - 1])
-            tokens = following[start - request.start : stop - request.start]
-            parts.append(compute_logprobs(logits, tokens, [request.spec] * (stop - start)))
+            tokens = request.token_ids[start - request.start : stop - request.start]
+            parts.append(self._sampler.prompt_logprobs(logits, tokens, request.spec))
         return concatenate(parts)

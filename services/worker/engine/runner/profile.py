@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.memory import (
     MemoryUse,
     ModelTooLargeError,
+    check_host,
     free_memory,
     gib,
     host_pool_bytes,
@@ -60,6 +61,16 @@ def memory_at_start(device: torch.device) -> int:
     return free_memory(device)[0] if device.type == "cuda" else 0
 
 
+@dataclass(frozen=True, slots=True)
+class PoolBudget:
+    """What a rank found out about memory."""
+
+    # For its pages.
+    num_bytes: int
+    # The whole memory of the group's smallest GPU; 0 on CPUs. It decides how large steps are.
+    device_bytes: int
+
+
 def pool_budget(
     model: Decoder,
     options: EngineOptions,
@@ -67,27 +78,32 @@ def pool_budget(
     *,
     device: torch.device,
     free_at_start: int,
-) -> int:
-    """Bytes for one rank's pages beside a loaded model and the steps it is to run.
+) -> PoolBudget:
+    """Room for one rank's pages beside a loaded model and the steps it is to run.
 
     All ranks call it together. Raises ModelTooLargeError when a step, one sequence of the full
-    context length or the number of pages asked for does not fit a GPU.
+    context length or the number of pages asked for does not fit a GPU, or the latter a host.
     """
     if device.type == "cpu":
-        return host_pool_bytes(
-            options.mem_fraction_static or _HOST_FRACTION, options.ranks_per_node
-        )
+        if options.num_pages is not None:
+            num_tokens = options.num_pages * options.page_size
+            per_page = rank_page_bytes(options, model.config, device) * options.ranks_per_node
+            what = f"the {num_tokens} tokens of --max-total-tokens take"
+            check_host(options.num_pages * per_page, what)
+        fraction = options.mem_fraction_static or _HOST_FRACTION
+        return PoolBudget(host_pool_bytes(fraction, options.ranks_per_node), 0)
     per_page = rank_page_bytes(options, model.config, device)
     free, total = free_memory(device)
-    # Steps must be the same on all ranks, and a draft's context length depends on what is free.
-    smallest_free = int(group.all_gather(torch.tensor([free], device=device)).min())
+    # Steps must be the same on all ranks, and depend on what GPUs have and on what is free.
+    memory = group.all_gather(torch.tensor([[free], [total]], device=device))
+    smallest_free, smallest_total = memory.amin(-1).tolist()
     draft = decide_plan(
         options,
         model.config,
         device=device,
         eos_token_ids=(),
         pool_budget_bytes=max(smallest_free, per_page),
-        device_bytes=total,
+        device_bytes=smallest_total,
     )
     use = MemoryUse(total=total, free_at_start=free_at_start, weights=free_at_start - free)
     step = f"a step of {draft.max_step_tokens} tokens and {draft.max_running_sequences} sequences"
@@ -111,7 +127,7 @@ def pool_budget(
         length = decide_context_length(options, model.config)
         what = f"the keys and values of one sequence of {length} tokens"
         use.check_pool(options, step, (-(-length // options.page_size) + 1) * per_page, what)
-    return use.pool(options.mem_fraction_static) - per_page
+    return PoolBudget(use.pool(options.mem_fraction_static) - per_page, smallest_total)
 
 
 def run_largest_steps(runner: Runner, plan: EnginePlan) -> None:

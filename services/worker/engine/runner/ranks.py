@@ -24,7 +24,7 @@ from services.worker.engine.distributed.plan_codec import encode_plan
 from services.worker.engine.distributed.rendezvous import JOIN_TIMEOUT_S, accept_ranks
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.model_runner import ModelRunner
-from services.worker.engine.runner.watch import RankWatch
+from services.worker.engine.runner.watch import RankWatch, rank_failure
 from services.worker.engine.spec import (
     FOLLOWER_MODULE,
     FollowerSpec,
@@ -65,7 +65,7 @@ class RankProcesses:
     def start(self, options: EngineOptions, store: TCPStore, address: HostPort) -> None:
         """Wait until all are up, those of other hosts included, then have them load.
 
-        Raises RankLostError, with a rank's own reason.
+        Raises RankLostError, with a rank's own reason; ValueError when a new start cannot help.
         """
         for rank, channel in self.channels.items():
             if not channel.wait(_HELLO_TIMEOUT_S):
@@ -105,7 +105,7 @@ class RankProcesses:
 def _expect(kind: Kind, rank: int, channel: Channel) -> None:
     received, payload = channel.receive()
     if received is Kind.FAILED:
-        raise RankLostError(f"rank {rank} failed: {payload.decode(errors='replace')}")
+        raise rank_failure(rank, payload)
     assert received is kind, f"rank {rank} sent {received.name}, not {kind.name}"
 
 

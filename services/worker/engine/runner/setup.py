@@ -100,11 +100,6 @@ def decide_max_running(options: EngineOptions, device_bytes: int) -> int:
     return _MAX_RUNNING if device_bytes < _LARGE_DEVICE_BYTES else _MAX_RUNNING_LARGE
 
 
-def device_memory(device: torch.device) -> int:
-    """A GPU's whole memory in bytes; 0 for CPUs."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-
-
 def check_tp_size(tp_size: int, config: ModelConfig) -> None:
     """Raises ValueError when the model cannot be divided among so many ranks."""
     if tp_size < 1:
@@ -267,7 +262,7 @@ def load_model(
     """This rank's shard with its weights.
 
     Raises ValueError when the checkpoint is not the model's, ModelTooLargeError before it is read
-    when a GPU cannot hold it.
+    when the device cannot hold it.
     """
     if options.load_format not in _LOAD_FORMATS:
         raise ValueError(
@@ -281,11 +276,11 @@ def load_model(
     placement = Placement(device, getattr(torch, dtype), group, fp8)
     placement.compiled = compiled_kernels(options, device, placement.dtype)
     context_length = decide_context_length(options, config)
-    if device.type == "cuda":
-        # Without making them: a model of that device is shapes alone.
-        outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
-        Decoder(config, context_length, outline)
-        check_weights(options, outline.num_bytes, device)
+    # Without making them: a model of that device is shapes alone.
+    outline = Placement(torch.device("meta"), placement.dtype, group, fp8)
+    Decoder(config, context_length, outline)
+    num_ranks = options.ranks_per_node if device.type == "cpu" else 1
+    check_weights(options, outline.num_bytes * num_ranks, device)
     model = Decoder(config, context_length, placement)
     if device.type == "cpu":
         threads = decide_num_threads(

@@ -14,7 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
+
 from services.worker.engine.distributed.channel import Channel, Kind, RankLostError
+from services.worker.engine.spec import RankFailed
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ _EXIT_STATUS = 1
 class RankWatch:
     """Rank 0's: owns what the other ranks say from its construction to `close`.
 
-    `check` raises RankLostError once one of them ended, failed or fell silent. With `ends_process`,
+    `check` raises RankLostError once one of them ended, failed or fell silent; ValueError when one
+    cannot load, however often it is started. With `ends_process`,
     a call within `calling` that goes on long after that ends this process, which its front takes
     for the engine's failure.
     """
@@ -45,7 +49,7 @@ class RankWatch:
         self._silence_s = _LOADING_SILENCE_S
         # What ranks said when they had loaded.
         self._loaded: dict[int, bytes] = {}
-        self._lost: str | None = None
+        self._lost: RankLostError | ValueError | None = None
         self._news = threading.Condition()
         self._is_calling = False
         self._is_closing = threading.Event()
@@ -53,7 +57,7 @@ class RankWatch:
         self._thread.start()
 
     def wait_until_loaded(self) -> list[bytes]:
-        """Every rank's payload of LOADED. Raises RankLostError."""
+        """Every rank's payload of LOADED. Raises what `check` does."""
         with self._news:
             self._news.wait_for(
                 lambda: self._lost is not None or len(self._loaded) == len(self._channels)
@@ -66,9 +70,10 @@ class RankWatch:
         self._silence_s = _SILENCE_S
 
     def check(self) -> None:
-        """Raise RankLostError when a rank is lost; costs nothing."""
+        """Raise when a rank is lost; costs nothing."""
         if self._lost is not None:
-            raise RankLostError(self._lost)
+            # A new one each time: a traceback grows with each raise.
+            raise type(self._lost)(str(self._lost))
 
     def wait_for_loss(self, timeout_s: float) -> None:
         """`check`, after giving a loss that others saw first time to be seen here."""
@@ -112,8 +117,8 @@ class RankWatch:
                 logger.critical("event=stuck_without_a_rank reason=%s", lost)
                 os._exit(_EXIT_STATUS)
 
-    def _listen(self, heard: dict[int, float]) -> str | None:
-        """Take in what ranks say for a while -> why one is lost, if so."""
+    def _listen(self, heard: dict[int, float]) -> RankLostError | ValueError | None:
+        """Take in what ranks say for a while -> how one is lost, if so."""
         ranks = {channel.fileno(): rank for rank, channel in self._channels.items()}
         readable, _, _ = select.select(list(ranks), [], [], _LOOK_EVERY_S)
         now = time.monotonic()
@@ -122,9 +127,9 @@ class RankWatch:
             try:
                 kind, payload = self._channels[rank].receive()
             except RankLostError as error:
-                return f"rank {rank} is gone: {error}"
+                return RankLostError(f"rank {rank} is gone: {error}")
             if kind is Kind.FAILED:
-                return f"rank {rank} failed: {payload.decode(errors='replace')}"
+                return rank_failure(rank, payload)
             if kind is Kind.LOADED:
                 with self._news:
                     self._loaded[rank] = payload
@@ -132,8 +137,15 @@ class RankWatch:
             heard[rank] = now
         for rank, heard_at in heard.items():
             if now - heard_at > self._silence_s:
-                return f"rank {rank} was silent for {self._silence_s:.0f} s"
+                return RankLostError(f"rank {rank} was silent for {self._silence_s:.0f} s")
         return None
+
+
+def rank_failure(rank: int, payload: bytes) -> RankLostError | ValueError:
+    """What a rank's FAILED means: a ValueError is what starting again cannot mend."""
+    failed = msgspec.json.decode(payload, type=RankFailed)
+    kind = ValueError if failed.is_permanent else RankLostError
+    return kind(f"rank {rank} failed: {failed.reason}")
 
 
 class LeaderWatch:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from services.worker.engine.attention.upload import upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +27,14 @@ class PenaltyRows:
 
 
 class TokenCounts:
-    """Owns counts [C, V] for the slots that have penalties; grows when they become more."""
+    """Owns counts [C, V] for the slots that have penalties; grows when they become more.
+
+    Assigning does not wait for the device.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._prompt_seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._output_counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self.prompt_seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self.output_counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._rows_by_slot: dict[int, int] = {}
         self._free_rows: list[int] = []
 
@@ -40,13 +46,12 @@ class TokenCounts:
                 self._grow()
             row = self._free_rows.pop()
             self._rows_by_slot[slot] = row
-        device = self._prompt_seen.device
-        self._prompt_seen[row].zero_()
-        self._prompt_seen[row, torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
-        self._output_counts[row] = torch.bincount(
-            torch.tensor(output_ids, dtype=torch.int64, device=device),
-            minlength=self._output_counts.shape[1],
+        seen, counts = self.prompt_seen[row].zero_(), self.output_counts[row].zero_()
+        prompt, output = upload(
+            seen.device, np.array(prompt_ids, np.int64), np.array(output_ids, np.int64)
         )
+        seen.index_fill_(0, prompt, True)
+        counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def release(self, slot: int) -> None:
         """Stop counting for a slot; nothing happens when it was not counted."""
@@ -60,7 +65,7 @@ class TokenCounts:
 
     def add(self, penalties: PenaltyRows, token_ids: torch.Tensor) -> None:
         """Count each row's sampled token; `token_ids` are those of all rows of the step."""
-        self._output_counts[penalties.count_rows, token_ids[penalties.rows]] += 1
+        self.output_counts[penalties.count_rows, token_ids[penalties.rows]] += 1
 
     def apply(self, logits: torch.Tensor, penalties: PenaltyRows) -> None:
         """Penalise the rows of `logits` in place.
@@ -69,9 +74,9 @@ class TokenCounts:
         logits of tokens in prompt or output; then frequency is subtracted once for each time a
         token is in the output, and presence once.
         """
-        counts = self._output_counts[penalties.count_rows]
+        counts = self.output_counts[penalties.count_rows]
         in_output = counts > 0
-        seen = in_output | self._prompt_seen[penalties.count_rows]
+        seen = in_output | self.prompt_seen[penalties.count_rows]
         rows = logits[penalties.rows]
         repeated = torch.where(rows > 0, rows / penalties.repetition, rows * penalties.repetition)
         rows = torch.where(seen, repeated, rows)
@@ -80,10 +85,10 @@ class TokenCounts:
         logits[penalties.rows] = rows
 
     def _grow(self) -> None:
-        old = len(self._prompt_seen)
+        old = len(self.prompt_seen)
         added = max(4, old)
-        self._prompt_seen = _with_rows(self._prompt_seen, added)
-        self._output_counts = _with_rows(self._output_counts, added)
+        self.prompt_seen = _with_rows(self.prompt_seen, added)
+        self.output_counts = _with_rows(self.output_counts, added)
         self._free_rows.extend(range(old + added - 1, old - 1, -1))
 
 

@@ -21,7 +21,7 @@ from services.worker.engine.sampling.filters import FilterRows
 from services.worker.engine.sampling.philox import Int64Array, UInt64Array
 
 # Below this, temperature means greedy: dividing by less would overflow.
-_SMALLEST_TEMPERATURE = 1e-5
+SMALLEST_TEMPERATURE = 1e-5
 _SEED_MASK = 2**64 - 1
 
 _SLOT_FIELDS = np.dtype(
@@ -108,7 +108,7 @@ class SamplingTable:
         slot, params = assignment.slot, assignment.sampling
         top_k = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
         is_filtered = top_k < self._vocab_size or params.top_p < 1 or params.min_p > 0
-        is_penalised = _has_penalty(params)
+        is_penalised = has_penalty(params)
         self._slots[slot] = (
             params.temperature,
             top_k,
@@ -120,7 +120,7 @@ class SamplingTable:
             params.seed & _SEED_MASK,
             assignment.choice_index,
             assignment.prompt_len + params.min_new_tokens,
-            params.temperature >= _SMALLEST_TEMPERATURE,
+            params.temperature >= SMALLEST_TEMPERATURE,
             is_filtered,
             is_penalised,
             bool(params.logit_bias),
@@ -214,7 +214,7 @@ class SamplingTable:
             entries += [(row, token_id, value) for token_id, value in self._bias[slot]]
             if may_not_stop[row]:
                 entries += [(row, token_id, float("-inf")) for token_id in self._stops[slot]]
-        entries = [entry for entry in entries if entry[1] < self._vocab_size]
+        entries = [entry for entry in entries if 0 <= entry[1] < self._vocab_size]
         if not entries:
             return None
         rows, token_ids, values = zip(*entries, strict=True)
@@ -228,7 +228,8 @@ class SamplingTable:
         return torch.from_numpy(fields[name].copy()).to(self._device, non_blocking=True)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether the sequence's tokens must be counted."""
     return (
         params.repetition_penalty != 1.0
         or params.frequency_penalty != 0.0
