@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.simulator.cluster import Loss
+from bench.simulator.records import Loss
 from bench.simulator.run import Figures, Setting, capacity, simulate
 from bench.simulator.workloads import WORKLOADS
 from services.common.policies import PolicyName

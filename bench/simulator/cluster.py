@@ -10,12 +10,12 @@ import random
 from dataclasses import dataclass, field
 
 from bench.simulator.clock import VirtualClock
+from bench.simulator.records import Delays, Loss, Served, reported_load
 from bench.simulator.worker import SAMPLED_ID, VOCAB_SIZE, Report, SimulatedWorker, WorkerShape
 from bench.simulator.workloads import Conversation, Turn, Workload
 from services.cache_index.index import GPU, Holder, PrefixIndex
 from services.common.policies import PolicyName
 from services.common.prefix_hash import prefix_hashes
-from services.scheduler.costs import CostModel
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
@@ -26,7 +26,7 @@ from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
-from services.scheduler.views import Load, Worker, WorkerRole
+from services.scheduler.views import Worker, WorkerRole
 from services.worker.engine.messages import (
     CacheEvent,
     PagesRemoved,
@@ -44,46 +44,6 @@ _REFRESH_NS = 500_000_000
 _REFRESH_POSITIONS = 64
 _MAX_PREFIXES = 10_000_000
 _LEASE_S = 3.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delays:
-    """Nanoseconds from sending to arrival; each lane keeps its order."""
-
-    schedule: int = 400_000
-    match: int = 500_000
-    submit: int = 400_000
-    output: int = 300_000
-    report: int = 1_000_000
-    events: int = 2_000_000
-    outcome: int = 2_000_000
-    # From a worker's death to its callers knowing.
-    death: int = 5_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A worker dies, and comes back empty `back_after_s` later (never: None)."""
-
-    at_s: float
-    worker: int
-    back_after_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """One request from its arrival to its last token, in seconds."""
-
-    arrived_s: float
-    first_token_s: float
-    latency_s: float
-    queued_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    predicted_tokens: int
-    output_tokens: int
-    num_attempts: int
-    worker_id: str
 
 
 @dataclass(slots=True, eq=False)
@@ -252,8 +212,10 @@ class Cluster:
             )
         )
 
-    def _take_output(self, seat: _Seat, output: StepOutput) -> None:
-        """A frame has come to the callers."""
+    def _take_output(self, seat: _Seat, worker: SimulatedWorker, output: StepOutput) -> None:
+        """A frame has come to the callers; what a dead worker had sent is lost."""
+        if not worker.alive:
+            return
         for key, count in zip(output.keys, output.num_tokens, strict=True):
             job = seat.jobs.get(key)
             if job is not None:
@@ -339,7 +301,7 @@ class Cluster:
             later(delays.events, lambda: self._take_events(holder, events))
 
         def on_output(output: StepOutput) -> None:
-            later(delays.output, lambda: worker.alive and self._take_output(seat, output))
+            later(delays.output, lambda: self._take_output(seat, worker, output))
 
         worker = SimulatedWorker(
             name,
@@ -358,7 +320,7 @@ class Cluster:
     ) -> None:
         if worker.alive:
             self._placer.report_load(
-                registration, _load(report), report.admitted_ids, report.ended_ids
+                registration, reported_load(report), report.admitted_ids, report.ended_ids
             )
 
     def _take_events(self, holder: Holder, events: list[CacheEvent]) -> None:
@@ -389,28 +351,3 @@ class Cluster:
         self._placer.sweep()
         self._index.scrub()
         self.clock.after(_SWEEP_NS, self._sweep)
-
-
-def _load(report: Report) -> Load:
-    """As `services/scheduler/wire.py` reads a report."""
-    load, fitted = report.load, report.coefficients
-    costs: CostModel | None = None
-    if fitted is not None and fitted.prefill_token_ns > 0 and fitted.decode_base_ns > 0:
-        costs = CostModel(
-            prefill_base_ns=fitted.prefill_base_ns,
-            prefill_token_ns=fitted.prefill_token_ns,
-            prefill_context_ns=fitted.prefill_context_ns,
-            decode_base_ns=fitted.decode_base_ns,
-            decode_sequence_ns=fitted.decode_sequence_ns,
-            decode_context_ns=fitted.decode_context_ns,
-        )
-    return Load(
-        num_free_pages=load.num_free_pages,
-        num_evictable_pages=load.num_evictable_pages,
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_waiting_uncached_tokens=load.num_waiting_uncached_tokens,
-        num_running_context_tokens=load.num_running_context_tokens,
-        eviction_cost_ns=tuple(report.eviction_cost_ns),
-        cost_model=costs,
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 
-from bench.simulator.cluster import Cluster, Delays, Loss, Served
+from bench.simulator.cluster import Cluster
+from bench.simulator.records import Delays, Loss, Served
 from bench.simulator.worker import WorkerShape
 from bench.simulator.workloads import make_workload
 from services.common.policies import PolicyName

@@ -54,7 +54,7 @@ class SchedulerConfig:
     load_weight: float = 1.0
     """Weight of the predicted wait and decoding time in `prefix_load`."""
 
-    session_weight: float = 0.25
+    session_weight: float = 1.0
     """Weight of leaving a session's worker in `prefix_load`."""
 
     stall_weight: float = DEFAULT_STALL_WEIGHT

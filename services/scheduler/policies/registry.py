@@ -36,7 +36,7 @@ def make_policy(
     *,
     prefix_weight: float = DEFAULT_PREFIX_WEIGHT,
     load_weight: float = 1.0,
-    session_weight: float = 0.25,
+    session_weight: float = 1.0,
     stall_weight: float = DEFAULT_STALL_WEIGHT,
     eviction_weight: float = DEFAULT_EVICTION_WEIGHT,
 ) -> Policy:

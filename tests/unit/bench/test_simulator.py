@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 
 from bench.simulator.clock import VirtualClock
-from bench.simulator.cluster import Cluster, Delays, Loss
+from bench.simulator.cluster import Cluster
+from bench.simulator.records import Delays, Loss
 from bench.simulator.run import Setting, capacity, figures, simulate
 from bench.simulator.worker import WorkerShape
 from bench.simulator.workloads import WORKLOADS, make_workload

@@ -81,3 +81,9 @@ def test_eviction_costs_what_lies_beyond_the_free_pages() -> None:
     ]
     # Between two and four pages the curve is a line.
     assert eviction_time(query, workers) == [0.0, 10.0, 65.0, 30.0, 100.0, 60.0, 0.0]
+
+
+def test_a_sessions_worker_has_no_advantage_for_what_is_known_to_be_cached() -> None:
+    workers = [make_view("a", cost_model=COSTS), make_view("b", cost_model=COSTS)]
+    query = make_query(make_request(num_prompt_tokens=100), {"a": 80}, home_worker_id="b")
+    assert away_from_home(query, workers) == [COSTS.prefill_ns(20, 100), 0.0]
