@@ -16,11 +16,12 @@ from bench.simulator.workloads import Conversation, Turn, Workload
 from services.cache_index.index import GPU, Holder, PrefixIndex
 from services.common.policies import PolicyName
 from services.common.prefix_hash import prefix_hashes
+from services.scheduler.accounting import Outcome
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
-from services.scheduler.placement import Outcome, Placer
+from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
 from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import PoolIdentity, PoolSet

@@ -21,6 +21,7 @@ from services.common.errors import (
     OverloadedError,
     RhizomeError,
 )
+from services.common.status_details import STATUS_DETAILS_METADATA_KEY, retry_status
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MAX_PROTOCOL_REVISION = 1
 MAX_FRAME_BYTES = 256 * 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # gRPC takes 8 KiB of trailers, in which a byte of text can take three.
-_MAX_DETAILS_BYTES = 2048
+_MAX_DETAILS_BYTES = 1536
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -157,11 +158,15 @@ async def _abort_on_error(context: Any, method: str) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
 
-def _trailers(error: RhizomeError) -> tuple[tuple[str, str], ...]:
+def _trailers(error: RhizomeError) -> tuple[tuple[str, str | bytes], ...]:
     if isinstance(error, InvalidRequestError) and error.param is not None:
         return ((PARAM_METADATA_KEY, error.param),)
     if isinstance(error, OverloadedError):
-        return ((RETRY_AFTER_METADATA_KEY, str(int(error.retry_after_s * 1000))),)
+        details = retry_status(error.code, _details(error), error.retry_after_s)
+        return (
+            (RETRY_AFTER_METADATA_KEY, str(int(error.retry_after_s * 1000))),
+            (STATUS_DETAILS_METADATA_KEY, details),
+        )
     return ()
 
 

@@ -32,7 +32,7 @@ class GatewayConfig:
     """Largest HTTP request body; larger ones are answered 413."""
 
     max_inflight_requests: int = 4096
-    """Most prompts served at a time; more are answered 429."""
+    """Most prompts served at a time, of one tenant eight ninths; more are answered 429."""
 
     max_client_buffer_bytes: int = 4 * 1024 * 1024
     """Output a slow reader may leave unread before its request is cancelled."""

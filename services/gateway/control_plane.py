@@ -127,6 +127,15 @@ class WorkerTable:
     def has_ready_worker(self) -> bool:
         return any(worker.state == WORKER_STATE_READY for worker in self.workers())
 
+    def has_ready_worker_beside(self, worker_id: str) -> bool:
+        """Whether another worker of its pool could go on with what it runs."""
+        return any(
+            worker.state == WORKER_STATE_READY and worker.worker_id != worker_id
+            for pool in self._pools
+            if any(worker.worker_id == worker_id for worker in pool.workers)
+            for worker in pool.workers
+        )
+
 
 class ControlPlane:
     """Placements from whichever scheduler answers; the table; outcomes, sent in batches."""

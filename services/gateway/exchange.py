@@ -21,7 +21,11 @@ T = TypeVar("T")
 
 REQUEST_ID_HEADER = b"x-request-id"
 TRACE_HEADER = b"x-rhizome-trace"
+TENANT_HEADER = "x-tenant-id"
+_TENANT_HEADER_BYTES = TENANT_HEADER.encode()
 _MAX_REQUEST_ID_LEN = 128
+_MAX_TENANT_LEN = 128
+TENANT_RULE = f"{TENANT_HEADER} must be at most {_MAX_TENANT_LEN} printable ASCII characters"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -41,6 +45,7 @@ class Exchange:
         self._send = send
         self._max_body_bytes = max_body_bytes
         self.request_id = ""
+        self.tenant = ""
         self.traced = False
         self.traceparent = ""
         self._read_headers()
@@ -160,6 +165,8 @@ class Exchange:
         for name, value in self.scope["headers"]:
             if name == REQUEST_ID_HEADER:
                 self.request_id = value.decode("latin-1")
+            elif name == _TENANT_HEADER_BYTES:
+                self.tenant = value.decode("latin-1")
             elif name == TRACE_HEADER:
                 self.traced = value == b"1"
             elif name == b"traceparent":
@@ -176,6 +183,8 @@ class Exchange:
                 f"x-request-id must be 1 to {_MAX_REQUEST_ID_LEN} printable ASCII characters",
                 param="x-request-id",
             )
+        if self.tenant and not valid_tenant(self.tenant):
+            raise HttpError(400, TENANT_RULE, param=TENANT_HEADER)
         for name, value in self.scope["headers"]:
             if name == b"content-length" and int(value) > self._max_body_bytes:
                 raise self._too_large()
@@ -195,6 +204,10 @@ def valid_request_id(request_id: str) -> bool:
         and request_id.isascii()
         and request_id.isprintable()
     )
+
+
+def valid_tenant(tenant: str) -> bool:
+    return len(tenant) <= _MAX_TENANT_LEN and tenant.isascii() and tenant.isprintable()
 
 
 def schedule_id(request_id: str) -> str:

@@ -41,7 +41,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
     control = ControlPlane(config.schedulers, lambda worker: workers.num_choices(worker))
     tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity)
-    workers = WorkerSessions(gateway_id, tokenizers)
+    workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside)
     pipeline = Pipeline(
         control, tokenizers, workers, GatewayMetrics(), config.max_inflight_requests
     )

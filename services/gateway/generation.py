@@ -34,6 +34,8 @@ class GenerationSpec:
     text_options: TextOptions
     logprobs: LogprobOptions | None = None
     num_choices: int = 1
+    # Whose request it is; empty where nobody said.
+    tenant: str = ""
     priority: int = 0
     cache_salt: str = ""
     session_id: str = ""

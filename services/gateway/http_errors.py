@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -54,7 +55,7 @@ def error_reply(error: Exception) -> ErrorReply:
             status, code, param = 404, "model_not_found", "model"
         case OverloadedError():
             status, code = 429, "overloaded"
-            seconds = max(1, round(error.retry_after_s))
+            seconds = max(1, math.ceil(error.retry_after_s))
             headers.append((b"retry-after", str(seconds).encode()))
         case DeadlineError():
             status, code = 504, "timeout"

@@ -28,7 +28,13 @@ from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServ
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
 from services.common.errors import InvalidRequestError, UnimplementedError
 from services.common.rpc import MAX_FRAME_BYTES
-from services.gateway.exchange import schedule_id, valid_request_id
+from services.gateway.exchange import (
+    TENANT_HEADER,
+    TENANT_RULE,
+    schedule_id,
+    valid_request_id,
+    valid_tenant,
+)
 from services.gateway.generation import Choice, GenerationSpec, LogprobRows
 from services.gateway.listeners import Piece, PieceQueue
 from services.gateway.pipeline import Generation
@@ -60,11 +66,12 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> None:
         arrival_s = time.monotonic()
         pipeline = self._serving.pipeline
-        spec = _spec(request, _deadline(request, context, self._serving, arrival_s))
+        deadline = _deadline(request, context, self._serving, arrival_s)
+        spec = _spec(request, deadline, _tenant(context))
         (prompt,) = await pipeline.prepare(pipeline.control.table.model(request.model), [spec])
         queue = PieceQueue()
         generation = Generation(pipeline, prompt, queue, arrival_s)
-        pipeline.admit(1)
+        pipeline.inflight.admit(1, spec.tenant)
         # Cancelling the call cancels this coroutine, and with it the run.
         work = asyncio.create_task(generation.run())
         writing = asyncio.create_task(_write_pieces(generation, queue, context))
@@ -88,7 +95,7 @@ class InferenceServicer(InferenceServiceServicer):
             for task in (work, writing):
                 task.cancel()
             await asyncio.gather(work, writing, return_exceptions=True)
-            pipeline.leave(1)
+            pipeline.inflight.leave(1, spec.tenant)
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]
@@ -182,7 +189,17 @@ def _block(rows: LogprobRows, start: int, stop: int) -> LogprobBlock:
     )
 
 
-def _spec(request: GenerateRequest, deadline: float | None) -> GenerationSpec:
+def _tenant(context: aio.ServicerContext[GenerateRequest, GenerateResponse]) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_HEADER:
+            tenant = str(value)
+            if not valid_tenant(tenant):
+                raise InvalidRequestError(TENANT_RULE, TENANT_HEADER)
+            return tenant
+    return ""
+
+
+def _spec(request: GenerateRequest, deadline: float | None, tenant: str) -> GenerationSpec:
     kind = request.WhichOneof("input")
     if kind is None or (kind == "text" and not request.text):
         raise InvalidRequestError("input is empty: give text, chat or token_ids", "input")
@@ -200,6 +217,7 @@ def _spec(request: GenerateRequest, deadline: float | None) -> GenerationSpec:
         text_options=_text_options(request.text_options),
         logprobs=_logprobs(request.logprobs) if request.HasField("logprobs") else None,
         num_choices=check_choices("n", request.n if request.HasField("n") else None),
+        tenant=tenant,
         priority=request.priority,
         cache_salt=request.cache_salt,
         input_param=kind,

@@ -34,4 +34,4 @@ async def _serve(config: GatewayConfig) -> None:
             *(config.host, gateway.http_port, config.grpc_listen, gateway.grpc_port),
         )
         await stop.wait()
-        logger.info("event=stopping inflight=%d", gateway.pipeline.num_inflight)
+        logger.info("event=stopping inflight=%d", gateway.pipeline.inflight.num_prompts)

@@ -19,13 +19,13 @@ from rhizome.common.v1.logprobs_pb2 import LogprobOptions
 from rhizome.scheduler.v1.scheduler_service_pb2 import Placement, RequestOutcome, ScheduleRequest
 from services.common.errors import (
     DeadlineError,
-    InternalError,
     InvalidRequestError,
-    OverloadedError,
     RhizomeError,
+    SessionBrokenError,
     UnavailableError,
 )
 from services.common.prefix_hash import cache_namespace, prefix_hashes
+from services.gateway.attempts import Attempts
 from services.gateway.control_plane import ControlPlane, ServedModel, duration
 from services.gateway.generation import (
     Choice,
@@ -34,6 +34,7 @@ from services.gateway.generation import (
     LogprobRows,
     Prompt,
 )
+from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import (
     check_names,
@@ -47,8 +48,6 @@ from services.gateway.worker_sessions import WorkerSession, remaining_time
 
 logger = logging.getLogger(__name__)
 
-# Losses of a worker that one prompt survives.
-_MAX_MIGRATIONS = 3
 # How long a prompt that lost its worker waits for another one.
 _MIGRATION_PATIENCE_S = 20.0
 _MIGRATION_RETRY_S = 0.2
@@ -80,8 +79,7 @@ class Pipeline:
         self.tokenizers = tokenizers
         self.workers = workers
         self.metrics = metrics
-        self.num_inflight = 0
-        self._max_inflight = max_inflight_requests
+        self.inflight = InflightPrompts(max_inflight_requests, metrics)
 
     @property
     def ready(self) -> bool:
@@ -132,17 +130,6 @@ class Pipeline:
         for prompt in prepared:
             fit_context(prompt, model)
         return prepared
-
-    def admit(self, num_prompts: int) -> None:
-        """Count prompts in; each leaves when its generation's run ends."""
-        if self.num_inflight + num_prompts > self._max_inflight:
-            raise OverloadedError("the gateway is serving as many requests as it may")
-        self.num_inflight += num_prompts
-        self.metrics.inflight.set(self.num_inflight)
-
-    def leave(self, num_prompts: int) -> None:
-        self.num_inflight -= num_prompts
-        self.metrics.inflight.set(self.num_inflight)
 
 
 class Generation:
@@ -201,10 +188,9 @@ class Generation:
 
     async def _run_attempts(self) -> None:
         pending = self.choices
-        excluded: list[str] = []
-        attempt = 0
+        attempts = Attempts()
         while pending:
-            placement = await self._place(len(pending), attempt, excluded)
+            placement = await self._place(len(pending), attempts)
             self._submit(pending, placement)
             code = grpc.StatusCode.CANCELLED.value[0]
             try:
@@ -214,11 +200,9 @@ class Generation:
                 code = error.code
                 raise
             finally:
-                self._report(attempt, placement, code)
+                self._report(attempts.number, placement, code)
             if pending:
-                attempt += 1
-                excluded.append(placement.worker_id)
-                self._check_migration(attempt)
+                self._move_on(attempts, placement.worker_id)
 
     def choice_ended(self, choice: Choice) -> None:
         self._num_ended += 1
@@ -231,24 +215,28 @@ class Generation:
 
     def choice_lost(self, choice: Choice, error: RhizomeError) -> None:
         self._lost.append(choice)
-        self._loss = error
+        # A death says more than what its choices met otherwise.
+        if not isinstance(self._loss, SessionBrokenError):
+            self._loss = error
         self._changed.set()
 
-    async def _place(self, num_choices: int, attempt: int, excluded: list[str]) -> Placement:
+    async def _place(self, num_choices: int, attempts: Attempts) -> Placement:
         """Ask for a worker; a prompt that lost one may have to wait for the next."""
         spec = self.prompt.spec
         started = time.monotonic()
         request = ScheduleRequest(
             request_id=spec.schedule_id,
-            attempt=attempt,
+            attempt=attempts.number,
             model=self.prompt.model,
             prefix_hashes=self.prompt.prefix_hashes,
             num_prompt_tokens=len(self.prompt.token_ids),
             max_new_tokens=spec.sampling.max_new_tokens,
             num_choices=num_choices,
+            tenant=spec.tenant,
             priority=spec.priority,
             first_arrival=self._first_arrival,
-            excluded_worker_ids=excluded,
+            excluded_worker_ids=attempts.excluded_worker_ids,
+            num_losses=attempts.num_losses,
             session_id=spec.session_id,
         )
         while True:
@@ -258,7 +246,7 @@ class Generation:
                 placement = await self._pipeline.control.schedule(request)
                 break
             except UnavailableError:
-                if attempt == 0 or time.monotonic() - started > _MIGRATION_PATIENCE_S:
+                if attempts.number == 0 or time.monotonic() - started > _MIGRATION_PATIENCE_S:
                     raise
             # Nobody else: the worker that failed it may be back under a new epoch.
             del request.excluded_worker_ids[:]
@@ -300,18 +288,16 @@ class Generation:
         lost, self._lost = self._lost, []
         return lost
 
-    def _check_migration(self, attempt: int) -> None:
-        loss = self._loss
+    def _move_on(self, attempts: Attempts, worker_id: str) -> None:
+        """Choices lost their worker. Raises what ends the request when that happened too often."""
+        loss, self._loss = self._loss, None
         assert loss is not None, "a choice is lost for a reason"
-        if attempt > _MAX_MIGRATIONS:
-            if isinstance(loss, OverloadedError):
-                raise loss
-            raise InternalError(f"{attempt} workers in turn failed the request: {loss.message}")
+        attempts.give_up_on(worker_id, loss)
         self._pipeline.metrics.migrations.inc()
         logger.warning(
             "event=request_migrates request_id=%s attempt=%d error=%s",
             self.prompt.spec.schedule_id,
-            attempt,
+            attempts.number,
             loss.message,
         )
 

@@ -63,11 +63,11 @@ class Serving:
 
     async def run(self, exchange: Exchange, generations: Sequence[Generation]) -> None:
         """Run to the end; the client's disconnect cancels everything."""
-        self.pipeline.admit(len(generations))
+        self.pipeline.inflight.admit(len(generations), exchange.tenant)
         try:
             await exchange.watched(run_all(generations))
         finally:
-            self.pipeline.leave(len(generations))
+            self.pipeline.inflight.leave(len(generations), exchange.tenant)
 
     async def stream(
         self,
@@ -83,7 +83,7 @@ class Serving:
         placing takes long the head is sent and comments keep the connection.
         """
         with contextlib.nullcontext() if writer is None else contextlib.closing(writer):
-            self.pipeline.admit(len(generations))
+            self.pipeline.inflight.admit(len(generations), exchange.tenant)
             self.keep_alive.streams.add(events)
             try:
                 await exchange.watched(
@@ -91,7 +91,7 @@ class Serving:
                 )
             finally:
                 self.keep_alive.streams.discard(events)
-                self.pipeline.leave(len(generations))
+                self.pipeline.inflight.leave(len(generations), exchange.tenant)
 
     async def _produce(
         self,

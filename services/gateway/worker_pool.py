@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
 
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_sessions import WorkerSession
@@ -15,9 +16,15 @@ _CHECK_INTERVAL_S = 0.5
 class WorkerSessions:
     """All sessions of this gateway, by worker address and epoch; opened when first needed."""
 
-    def __init__(self, gateway_id: str, tokenizers: TokenizerPool) -> None:
+    def __init__(
+        self,
+        gateway_id: str,
+        tokenizers: TokenizerPool,
+        has_others: Callable[[str], bool] = lambda worker_id: False,
+    ) -> None:
         self._gateway_id = gateway_id
         self._tokenizers = tokenizers
+        self._has_others = has_others
         self._handles = itertools.count(1)
         self._sessions: dict[tuple[str, int], WorkerSession] = {}
         # Dead ones whose place was taken; their last texts may still be on their way.
@@ -31,7 +38,13 @@ class WorkerSessions:
             if session is not None:
                 self._replaced.append(session)
             session = WorkerSession(
-                self._gateway_id, worker_id, address, epoch, self._tokenizers, self._handles
+                self._gateway_id,
+                worker_id,
+                address,
+                epoch,
+                self._tokenizers,
+                self._handles,
+                self._has_others,
             )
             self._sessions[key] = session
         return session

@@ -12,7 +12,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -43,6 +43,7 @@ from services.common.errors import (
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
 from services.gateway.generation import Choice, ChoiceFinish
 from services.gateway.outbox import MAX_MESSAGE_IDS, Outbox
+from services.gateway.step_watch import StepWatch
 from services.gateway.text_sessions import TextSession
 from services.gateway.tokenizers import TokenizerPool
 
@@ -53,9 +54,6 @@ _RESUME_WINDOW_S = 2.0
 _RESUME_RETRY_S = 0.05
 # Heartbeats come every 100 ms; silence for this long means a dead connection.
 _SILENCE_S = 2.0
-# An engine that is busy with the same step for longer than both of these is hung.
-_HUNG_STEP_S = 30.0
-_HUNG_STEP_FACTOR = 50
 
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
 
@@ -75,7 +73,9 @@ class WorkerSession:
         epoch: int,
         tokenizers: TokenizerPool,
         handles: itertools.count[int],
+        has_others: Callable[[str], bool],
     ) -> None:
+        """`has_others` says whether a worker other than the named one could go on."""
         self.worker_id = worker_id
         self.address = address
         self.epoch = epoch
@@ -83,6 +83,9 @@ class WorkerSession:
         self._gateway_id = gateway_id
         self._session_id = secrets.token_hex(8)
         self._handles = handles
+        self._has_others = has_others
+        # It said so: what it gives up now, it does not die of.
+        self._draining = False
         self._choices: dict[int, Choice] = {}
         self._outbox: Outbox[ConnectRequest] = Outbox(ConnectRequest)
         self._channel = open_channel(address)
@@ -90,8 +93,7 @@ class WorkerSession:
         self._call: aio.StreamStreamCall[ConnectRequest, ConnectResponse] | None = None
         self._was_open = False
         self._last_heard = 0.0
-        self._engine_step = -1
-        self._engine_step_since = 0.0
+        self._step_watch = StepWatch()
         self._text = TextSession(tokenizers, self._cancel_handle)
         self._task = asyncio.create_task(self._run())
 
@@ -125,6 +127,7 @@ class WorkerSession:
             namespace=prompt.namespace,
             reservation_id=reservation_id,
             traceparent=spec.traceparent,
+            tenant=spec.tenant,
             priority=spec.priority,
             remaining=remaining_time(spec.deadline),
         )
@@ -193,6 +196,8 @@ class WorkerSession:
             if isinstance(error, PreconditionError):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
+        if broken_at is not None and not self._draining:
+            error = SessionBrokenError(error.message)
         self._lose_all(error)
 
     async def _serve(self, resume: bool) -> None:
@@ -253,12 +258,8 @@ class WorkerSession:
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         now = self._last_heard
-        if heartbeat.engine_step_number != self._engine_step or not heartbeat.engine_busy:
-            self._engine_step = heartbeat.engine_step_number
-            self._engine_step_since = now
-            return
-        patience = max(_HUNG_STEP_S, _HUNG_STEP_FACTOR * heartbeat.predicted_step_ns / 1e9)
-        if now - self._engine_step_since > patience:
+        self._draining = heartbeat.draining
+        if self._step_watch.is_hung(heartbeat, now, self._has_others(self.worker_id)):
             raise PreconditionError("the worker's engine hangs")
 
     def _on_frame(self, frame: StepFrame) -> None:

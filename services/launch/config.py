@@ -128,6 +128,14 @@ class ServeConfig:
     policy: PolicyName | None = None
     """How the scheduler places requests. Default: its own."""
 
+    tenants: Path | None = None
+    """JSON file of tenants' weights and bounds, for the scheduler. Default: all are alike."""
+
+    max_queue_wait_s: float | None = None
+    """Refuse requests at once that would probably wait for longer. Default: requests' own
+    deadlines only.
+    """
+
     profile_dir: Path | None = None
     """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 

@@ -68,12 +68,23 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
         )
     tokenizer = ("--listen", sockets["tokenizer"], *_model_arguments(config))
     index_arguments = ("--listen", sockets["index"], "--scheduler", sockets["scheduler"])
-    scheduler = ("--listen", sockets["scheduler"], "--cache-index", sockets["index"])
-    policy = () if config.policy is None else ("--policy", config.policy)
+    scheduler: tuple[str, ...] = (
+        "--listen",
+        sockets["scheduler"],
+        "--cache-index",
+        sockets["index"],
+    )
+    for flag, value in (
+        ("--policy", config.policy),
+        ("--tenants", config.tenants),
+        ("--max-queue-wait-s", config.max_queue_wait_s),
+    ):
+        if value is not None:
+            scheduler += (flag, str(value))
     specs += [
         spec("tokenizer", "tokenizer", sockets["tokenizer"], *tokenizer, grace_s=2.0),
         spec("index", "cache_index", sockets["index"], *index_arguments, grace_s=2.0),
-        spec("scheduler", "scheduler", sockets["scheduler"], *scheduler, *policy, grace_s=2.0),
+        spec("scheduler", "scheduler", sockets["scheduler"], *scheduler, grace_s=2.0),
     ]
     return specs
 

@@ -40,7 +40,15 @@ class SchedulerConfig:
     """JSON file that declares the pools. Default: one pool, declared by its first worker."""
 
     max_queued_requests: int = 4096
-    """Most requests that wait for room in one pool; more are refused with a retry hint."""
+    """Most requests that wait for room in one pool. When there are more, those that hold most of
+    the queue give way, with a retry hint."""
+
+    max_queue_wait_s: float | None = None
+    """Refuse at once, with a retry hint, what would probably wait for longer. Default: requests'
+    own deadlines only."""
+
+    tenants: Path | None = None
+    """JSON file of tenants' weights and bounds. Default: all are alike."""
 
     worker_wait_s: float = 5.0
     """How long a request waits when no worker may serve it (workers may be restarting)."""
@@ -75,6 +83,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.max_queued_requests < 1:
             raise ValueError(f"max_queued_requests must be >= 1, got {self.max_queued_requests}")
+        if self.max_queue_wait_s is not None and self.max_queue_wait_s <= 0:
+            raise ValueError(f"max_queue_wait_s must be > 0, got {self.max_queue_wait_s}")
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
         for name in _NOT_NEGATIVE:

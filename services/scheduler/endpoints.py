@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 # Workers report at least every 500 ms: after two reports are missing, no new requests.
 SUSPECT_AFTER_S = 1.0
+# Nor for a worker whose engine is in one step for so much longer than predicted, or longer than
+# that; after a while nobody waits for it any more.
+_SUSPECT_STEPS = 5
+_HUNG_AFTER_S = 30.0
 
 
 class Registration:
@@ -66,12 +70,20 @@ class _Entry:
     cost_model: CostModel
     last_seen: float
     charge: Charge = NO_CHARGE
+    # When its engine's step number grew last, or it had nothing to do.
+    stepped_at: float = 0.0
     silent: bool = False
+    stuck: bool = False
+    hung: bool = False
+    # Its breaker is open.
+    broken: bool = False
     drain_asked: bool = False
 
     @property
     def state(self) -> WorkerState:
-        if self.silent:
+        if self.hung:
+            return WorkerState.HUNG
+        if self.silent or self.stuck or self.broken:
             return WorkerState.SUSPECT
         draining = self.drain_asked or self.load.draining
         return WorkerState.DRAINING if draining else WorkerState.READY
@@ -107,6 +119,10 @@ class WorkerTable:
     def has_workers(self, pool: Pool) -> bool:
         return bool(self._views.get(pool))
 
+    def num_ready(self, pool: Pool) -> int:
+        """Workers that may get new requests."""
+        return sum(view.takes_prompts for view in self._views.get(pool, {}).values())
+
     def limits(self, pool: Pool) -> PoolLimits:
         """Of its last workers while it is empty."""
         return self._limits.get(pool, PoolLimits(0, 0, 0))
@@ -120,7 +136,8 @@ class WorkerTable:
             replaced = f"worker {worker.worker_id} registered again, epoch {worker.epoch:x}"
             old.registration.on_end(PreconditionError(replaced))
         costs = self._pool_costs.get(registration.pool, DEFAULT_COST_MODEL)
-        entry = _Entry(registration, Load(num_free_pages=worker.num_pages), costs, now)
+        entry = _Entry(registration, Load(num_free_pages=worker.num_pages), costs, now, NO_CHARGE)
+        entry.stepped_at = now
         self._entries[worker.worker_id] = entry
         self._refresh(entry)
         self._note_limits(registration.pool)
@@ -138,7 +155,14 @@ class WorkerTable:
         if entry is None:
             return
         before = entry.state, entry.load.num_running, entry.load.num_waiting
-        entry.load, entry.last_seen, entry.silent = load, now, False
+        last, entry.load, entry.last_seen, entry.silent = entry.load, load, now, False
+        if (
+            not (load.engine_busy and last.engine_busy)
+            or load.engine_step_number != last.engine_step_number
+        ):
+            if entry.stuck:
+                logger.info("event=worker_steps_again worker=%s", registration.worker.worker_id)
+            entry.stepped_at, entry.stuck, entry.hung = now, False, False
         if load.cost_model is not None:
             entry.cost_model = load.cost_model
             self._pool_costs[registration.pool] = load.cost_model
@@ -195,12 +219,33 @@ class WorkerTable:
                 self._changed(True)
                 error = UnavailableError(f"no load report for {silence:.1f} s: the lease ended")
                 entry.registration.on_end(error)
-            elif silence > SUSPECT_AFTER_S and not entry.silent:
-                entry.silent = True
-                logger.warning("event=worker_suspect worker=%s", worker.worker_id)
+                continue
+            before = entry.state
+            entry.silent = silence > SUSPECT_AFTER_S
+            self._judge_step(entry, now)
+            if entry.state is not before:
+                logger.warning(
+                    "event=worker_suspect worker=%s silent=%s stuck=%s hung=%s",
+                    *(worker.worker_id, entry.silent, entry.stuck, entry.hung),
+                )
                 self._refresh(entry)
                 self._changed(True)
         return removed
+
+    def set_broken(self, worker_id: str, broken: bool) -> None:
+        """Its breaker opened, or lets a request through."""
+        entry = self._entries.get(worker_id)
+        if entry is not None and entry.broken is not broken:
+            entry.broken = broken
+            self._refresh(entry)
+            self._changed(True)
+
+    def _judge_step(self, entry: _Entry, now: float) -> None:
+        """Whether its engine is in one step for too long."""
+        stepping_s = now - entry.stepped_at
+        patience_s = max(SUSPECT_AFTER_S, _SUSPECT_STEPS * entry.load.predicted_step_ns / 1e9)
+        entry.stuck = entry.load.engine_busy and stepping_s > patience_s
+        entry.hung = entry.stuck and stepping_s > max(_HUNG_AFTER_S, 2 * patience_s)
 
     def _owned(self, registration: Registration) -> _Entry | None:
         entry = self._entries.get(registration.worker.worker_id)

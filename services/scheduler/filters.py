@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.scheduler.policy import PlacementRequest
-from services.scheduler.views import WorkerView
+from services.scheduler.views import WorkerRole, WorkerState, WorkerView
 
 # A worker's own queue stays this short: backlog waits in the scheduler.
 MAX_QUEUED_PREFILL_NS = 200e6
@@ -21,6 +21,17 @@ def eligible(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[W
         and view.worker.context_length > request.num_prompt_tokens
         and view.worker_id not in excluded
     ]
+
+
+def may_become_eligible(request: PlacementRequest, workers: Sequence[WorkerView]) -> bool:
+    """Whether a worker is eligible, or would be if it were not suspected just now."""
+    return any(
+        view.takes_prompts or view.state is WorkerState.SUSPECT
+        for view in workers
+        if view.worker.role is not WorkerRole.DECODE
+        and view.worker.context_length > request.num_prompt_tokens
+        and view.worker_id not in request.excluded_worker_ids
+    )
 
 
 def with_room(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView]:

@@ -1,11 +1,10 @@
-"""Placement: tickets in, reservations out. Owns the queues and ties all the tables together."""
+"""Placement: tickets in, reservations out. Owns the backlogs and ties all the tables together."""
 
 from __future__ import annotations
 
 import enum
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from services.common.errors import (
     DeadlineError,
@@ -13,43 +12,36 @@ from services.common.errors import (
     NotFoundError,
     UnavailableError,
 )
+from services.scheduler.accounting import Accounting, Outcome
+from services.scheduler.admission import Backlog, QueueBounds
 from services.scheduler.endpoints import Registration, WorkerTable
-from services.scheduler.filters import eligible, has_room, with_room
+from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
+from services.scheduler.gauges import add_gauges
+from services.scheduler.health import WorkerHealth
 from services.scheduler.holds import Hold, Holds, WorkAhead
 from services.scheduler.index_client import WorkerMatch
-from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.policy import PlacementRequest, Policy, Query
 from services.scheduler.pools import Pool, PoolIdentity, PoolSet
-from services.scheduler.queue import PoolQueue, Ticket
+from services.scheduler.queue import Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
+from services.scheduler.tenants import TenantSet
 from services.scheduler.views import Charge, Load, Worker, WorkerState, WorkerView
 
 logger = logging.getLogger(__name__)
 
 # Tickets that only some workers may serve let at most so many others pass.
 _MAX_PASSED_OVER = 64
-# What outputs are taken to be before any was reported, and the weight of each report.
-_FIRST_MEAN_OUTPUT = 128.0
-_OUTPUT_WEIGHT = 0.02
-
-
-class Outcome(NamedTuple):
-    """What really happened to a placed request."""
-
-    reservation_id: int
-    num_prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    ended_well: bool
 
 
 class _Attempt(enum.Enum):
     PLACED = enum.auto()
     NO_ROOM = enum.auto()
-    NO_WORKER = enum.auto()
+    # There is room, but not for this one.
     HELD = enum.auto()
+    NO_WORKER = enum.auto()
 
 
 class Placer:
@@ -71,6 +63,8 @@ class Placer:
         *,
         max_queued: int,
         worker_wait_s: float,
+        max_wait_s: float | None = None,
+        tenants: TenantSet | None = None,
     ) -> None:
         self._table = table
         self._pools = pools
@@ -81,25 +75,22 @@ class Placer:
         self._clock = clock
         self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
+        self._health = WorkerHealth(table, metrics, clock)
         self._holds = Holds()
-        self._mean_output = _FIRST_MEAN_OUTPUT
-        self._queues = {pool: PoolQueue(max_queued) for pool in pools.pools}
+        tenants = tenants or TenantSet()
+        bounds = QueueBounds(max_queued=max_queued, max_wait_s=max_wait_s)
+        self._accounting = Accounting(tenants, metrics)
+        self._backlogs = {pool: Backlog(tenants, bounds, metrics) for pool in pools.pools}
         self._tickets: dict[tuple[str, int], Ticket] = {}
-        metrics.gauge("queued_requests", "Requests in the queues", lambda: self.num_queued)
-        metrics.gauge(
-            "reservations_charged",
-            "Balance: placements that no load report includes yet; zero when idle",
-            lambda: reservations.num_charged,
-        )
-        metrics.gauge("reservations", "Live reservations", lambda: reservations.num_live)
+        add_gauges(metrics, self._backlogs.values(), reservations)
 
     @property
     def num_queued(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum(len(backlog.queue) for backlog in self._backlogs.values())
 
     def position(self, ticket: Ticket) -> int:
-        """Requests ahead of it; 0 while it is not queued."""
-        queue = self._queues[ticket.pool]
+        """Requests probably placed before it; 0 while it is not queued."""
+        queue = self._backlogs[ticket.pool].queue
         return queue.position(ticket) if ticket in queue else 0
 
     # Requests
@@ -123,21 +114,29 @@ class Placer:
         pool = self._find_pool(request)
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineError("the request's time had passed when it arrived")
-        self._queues[pool].require_room(now)
         deadline = None if remaining_s is None else now + remaining_s
-        ticket = Ticket(request, pool, now, deadline, age_s)
+        ticket = Ticket(request, pool, now, deadline, age_s, self._accounting.service(request))
+        self._backlogs[pool].require_admissible(ticket, now, self._table.num_ready(pool))
         self._tickets[request.key] = ticket
         return ticket, True
 
     def enqueue(self, ticket: Ticket, matches: tuple[WorkerMatch, ...]) -> None:
         """The ticket is ready to be placed: at once, or when its turn has come."""
-        queue = self._queues[ticket.pool]
+        backlog = self._backlogs[ticket.pool]
         if ticket.is_settled:
             return
         ticket.matches = matches
-        if ticket not in queue:
-            queue.add(ticket)
+        if ticket in backlog.queue:
+            return
+        gives_way = backlog.make_room(ticket, self._table.num_ready(ticket.pool))
+        if gives_way is not None:
+            victim, error = gives_way
+            self._close(victim)
+            victim.fail(error)
+        if not ticket.is_settled:
+            backlog.queue.add(ticket)
             self._pump(ticket.pool)
+            ticket.has_waited = not ticket.is_settled
 
     def leave(self, ticket: Ticket) -> None:
         """A caller went away; the last one gives place and reservation back."""
@@ -146,6 +145,7 @@ class Placer:
             self._close(ticket)
             if ticket.reservation is not None:
                 self._reservations.end(ticket.reservation.reservation_id)
+                self._accounting.refund(ticket.reservation.reservation_id)
             self._pump(ticket.pool)
         elif not ticket.is_settled:
             # The caller that left may be the one that was asking the index.
@@ -154,13 +154,15 @@ class Placer:
     def report_outcomes(self, outcomes: Iterable[Outcome]) -> None:
         """Placed requests ended, well or not; unknown reservations are ignored."""
         for outcome in outcomes:
+            self._accounting.settle(outcome)
+            self._health.judge(outcome)
             predicted = self._reservations.end(outcome.reservation_id)
             if predicted is None:
                 continue
             self._reservations.forget_prediction(outcome.reservation_id)
             if outcome.ended_well:
-                self._learn(outcome, predicted)
-        for pool in self._queues:
+                self._accounting.learn(outcome, predicted)
+        for pool in self._backlogs:
             self._pump(pool)
 
     # Workers
@@ -176,6 +178,7 @@ class Placer:
         if old is not None:
             self._forget(old.worker)
         self._table.register(registration, self._clock())
+        self._health.apply(registration.worker.worker_id)
         self._pump(pool)
 
     def unregister(self, registration: Registration) -> None:
@@ -204,7 +207,8 @@ class Placer:
             self._forget(worker)
         self._metrics.expired.inc(self._reservations.expire(now))
         self._overlay.turn(now)
-        for pool in self._queues:
+        self._health.sweep()
+        for pool in self._backlogs:
             self._sweep_queue(pool, now)
             self._pump(pool)
 
@@ -227,17 +231,24 @@ class Placer:
 
     def _pump(self, pool: Pool) -> None:
         """Place what can be placed, in order; whoever must wait for room holds up those behind."""
-        queue = self._queues[pool]
-        num_passed_over = 0
+        backlog = self._backlogs[pool]
+        passed_over: set[Ticket] = set()
         ahead = WorkAhead()
-        while len(queue) > num_passed_over and num_passed_over < _MAX_PASSED_OVER:
-            ticket = queue[num_passed_over]
+        while len(passed_over) < _MAX_PASSED_OVER:
+            ticket = backlog.queue.first(passed_over)
+            if ticket is None:
+                break
             attempt = self._try_place(ticket, ahead)
             if attempt is _Attempt.PLACED:
                 continue
             if attempt is _Attempt.NO_ROOM and not ticket.request.excluded_worker_ids:
                 break
-            num_passed_over += 1
+            passed_over.add(ticket)
+        backlog.rate.observe(
+            self._clock(),
+            num_waiting=len(backlog.queue),
+            num_workers=self._table.num_ready(pool),
+        )
 
     def _try_place(self, ticket: Ticket, ahead: WorkAhead) -> _Attempt:
         now = self._clock()
@@ -247,19 +258,30 @@ class Placer:
         workers = ahead.views(self._table.snapshot(ticket.pool))
         allowed = eligible(request, workers)
         if not allowed:
-            if ticket.workerless_since is None:
+            if may_become_eligible(request, workers):
+                ticket.workerless_since = None
+            elif ticket.workerless_since is None:
                 ticket.workerless_since = now
             return _Attempt.NO_WORKER
         ticket.workerless_since = None
-        candidates = allowed if self._policy.waits else with_room(request, allowed)
+        candidates = with_room(request, allowed)
         if not candidates:
+            # Nobody is asked what to wait for: in an overload that would be all that is done.
             return _Attempt.NO_ROOM
+        if self._policy.waits:
+            candidates = allowed
+        if request.is_suspect:
+            # Workers that it kills with another suspect would say nothing about either.
+            candidates = [
+                view for view in candidates if not self._reservations.has_suspect(view.worker)
+            ]
+            if not candidates:
+                return _Attempt.HELD
         cached = self._cached_tokens(ticket, workers, now)
-        num_output = min(request.max_new_tokens, int(self._mean_output))
         query = Query(
             request,
             cached,
-            num_output,
+            self._accounting.output_tokens(request),
             self._sessions.find(request.session),
             now,
             now - ticket.opened_at,
@@ -316,41 +338,42 @@ class Placer:
             predicted_cached_tokens=cached,
             policy=branch,
             queued_for_s=queued_for_s,
+            is_suspect=request.is_suspect,
         )
+        self._health.note_placed(chosen.worker_id)
         self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
         self._sessions.note(request.session, chosen.worker_id)
-        self._queues[ticket.pool].note_placed(now)
+        backlog = self._backlogs[ticket.pool]
+        service = self._accounting.service(request, cached)
+        self._accounting.charge(reservation.reservation_id, backlog.ledger, ticket.account, service)
+        backlog.note_placed(ticket)
         self._metrics.placements.labels(branch).inc()
-        self._metrics.queue_seconds.observe(queued_for_s)
+        self._metrics.queue_seconds.labels(priority_label(request.priority)).observe(queued_for_s)
         ticket.place(reservation)
 
     def _sweep_queue(self, pool: Pool, now: float) -> None:
         workers = self._table.snapshot(pool)
-        any_ready = any(view.state is WorkerState.READY for view in workers)
-        for ticket in self._queues[pool]:
+        states = {view.state for view in workers}
+        any_left = not states.isdisjoint((WorkerState.READY, WorkerState.SUSPECT))
+        for ticket in self._backlogs[pool].queue:
             if ticket.deadline is not None and now >= ticket.deadline:
                 self._close(ticket)
                 ticket.fail(DeadlineError("the request's time passed in the queue"))
                 continue
-            if not any_ready:
+            if not any_left:
                 if ticket.workerless_since is None:
                     ticket.workerless_since = now
-            elif ticket.workerless_since is not None and eligible(ticket.request, workers):
+            elif ticket.workerless_since is not None and may_become_eligible(
+                ticket.request, workers
+            ):
                 ticket.workerless_since = None
             since = ticket.workerless_since
             if since is not None and now - since >= self._worker_wait_s:
                 self._close(ticket)
                 ticket.fail(UnavailableError(f"no worker of {pool.name!r} may serve this request"))
 
-    def _learn(self, outcome: Outcome, predicted: int) -> None:
-        self._mean_output += _OUTPUT_WEIGHT * (outcome.output_tokens - self._mean_output)
-        self._metrics.reported_prompt_tokens.inc(outcome.num_prompt_tokens)
-        self._metrics.predicted_cached_tokens.inc(predicted)
-        self._metrics.actual_cached_tokens.inc(outcome.cached_tokens)
-        self._metrics.overpredicted_tokens.inc(max(0, predicted - outcome.cached_tokens))
-
     def _fail_queue(self, pool: Pool, reason: str) -> None:
-        for ticket in self._queues[pool]:
+        for ticket in self._backlogs[pool].queue:
             self._close(ticket)
             ticket.fail(UnavailableError(reason))
 
@@ -360,7 +383,7 @@ class Placer:
 
     def _close(self, ticket: Ticket) -> None:
         """Out of the queue and the table of tickets, where it is in them."""
-        self._queues[ticket.pool].remove(ticket)
+        self._backlogs[ticket.pool].queue.remove(ticket)
         self._holds.drop(ticket)
         if self._tickets.get(ticket.request.key) is ticket:
             del self._tickets[ticket.request.key]

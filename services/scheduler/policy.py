@@ -12,6 +12,9 @@ from typing import Protocol
 
 from services.scheduler.views import WorkerView
 
+# A worker may die of anything; the same request twice is hardly chance.
+_SUSPECT_LOSSES = 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementRequest:
@@ -25,10 +28,20 @@ class PlacementRequest:
     prefix_hashes: Sequence[int] = ()
     max_new_tokens: int = 0
     num_choices: int = 1
+    # Whose request it is; empty where nobody says.
+    tenant: str = ""
+    # Higher goes first, whatever waits below it.
     priority: int = 0
+    # Workers that died under it.
+    num_losses: int = 0
     excluded_worker_ids: frozenset[str] = frozenset()
     # Tenant and session; None outside a session.
     session: tuple[str, str] | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what killed the workers that it lost."""
+        return self.num_losses >= _SUSPECT_LOSSES
 
     @property
     def key(self) -> tuple[str, int]:

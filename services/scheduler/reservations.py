@@ -28,6 +28,8 @@ class Reservation:
     policy: str
     queued_for_s: float
     expires_at: float
+    # It may be what its earlier workers died of.
+    is_suspect: bool = False
     charged: bool = True
 
 
@@ -72,6 +74,7 @@ class ReservationBook:
         predicted_cached_tokens: int,
         policy: str,
         queued_for_s: float,
+        is_suspect: bool = False,
     ) -> Reservation:
         """Promise `worker` to the request and charge it."""
         assert key not in self._by_key, "one attempt has one live reservation"
@@ -85,6 +88,7 @@ class ReservationBook:
             policy,
             queued_for_s,
             now + UNADMITTED_EXPIRY_S,
+            is_suspect,
         )
         self._live[reservation_id] = reservation
         self._by_key[key] = reservation
@@ -92,6 +96,10 @@ class ReservationBook:
         self._unadmitted[reservation_id] = reservation
         self._table.add_charge(worker, charge)
         return reservation
+
+    def has_suspect(self, worker: Worker) -> bool:
+        """Whether a request is placed there that killed workers, perhaps."""
+        return any(each.is_suspect for each in self._by_worker.get(worker, {}).values())
 
     def admit(self, worker: Worker, reservation_ids: Iterable[int]) -> Charge:
         """The worker's report includes these; returns the charge to take off with it."""

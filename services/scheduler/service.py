@@ -24,6 +24,7 @@ from services.scheduler.policies import make_policy
 from services.scheduler.pools import PoolSet, read_declarations
 from services.scheduler.reservations import ReservationBook
 from services.scheduler.servicer import SchedulerServicer
+from services.scheduler.tenants import read_tenants
 from services.scheduler.watch import TableWatch
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ async def running_scheduler(
     grace_s: float = 1.0,
     match_deadline_s: float = MATCH_DEADLINE_S,
 ) -> AsyncIterator[RunningScheduler]:
-    """Serve until the block ends. Raises ValueError for bad pools, OSError for a bad address."""
+    """Serve until the block ends. Raises ValueError for bad files, OSError for a bad address."""
     pools = PoolSet(read_declarations(config.pools) if config.pools is not None else ())
     metrics = SchedulerMetrics()
     channel = open_channel(config.cache_index) if config.cache_index is not None else None
@@ -90,6 +91,8 @@ def _assemble(
         metrics,
         clock,
         max_queued=config.max_queued_requests,
+        max_wait_s=config.max_queue_wait_s,
+        tenants=read_tenants(config.tenants) if config.tenants is not None else None,
         worker_wait_s=config.worker_wait_s,
     )
     servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)

@@ -10,11 +10,16 @@ from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 
 
 class WorkerState(enum.Enum):
-    """Whether a worker may get new requests."""
+    """Whether a worker may get new requests.
+
+    A suspect is silent, stuck in a step, or failed again and again: it may be back any moment. One
+    that is hung has been stuck for so long that nobody waits for it.
+    """
 
     READY = 1
     DRAINING = 2
     SUSPECT = 3
+    HUNG = 4
 
 
 class WorkerRole(enum.Enum):
@@ -50,6 +55,10 @@ class Load(NamedTuple):
     num_waiting_uncached_tokens: int = 0
     num_running_context_tokens: int = 0
     draining: bool = False
+    # Whether the engine has work, the steps it has made, and how long one may take.
+    engine_busy: bool = False
+    engine_step_number: int = 0
+    predicted_step_ns: int = 0
     # Prefill time x request share of its next 2^k pages to be evicted, k = 0, 1, 2 ...
     eviction_cost_ns: tuple[float, ...] = ()
     # The worker's own fit; None until there is one.
@@ -120,10 +129,21 @@ def view_of(
     cost_model: CostModel = DEFAULT_COST_MODEL,
     charge: Charge = NO_CHARGE,
 ) -> WorkerView:
-    """The view in which `charge` counts as if the worker had reported it."""
+    """The view in which `charge` counts as if the worker had reported it.
+
+    What no step has computed yet has no pages, and will take those of its uncached tokens.
+    """
+    num_waiting_tokens = load.num_waiting_uncached_tokens
     num_active = load.num_running + load.num_waiting + charge.num_sequences
-    num_context_tokens = load.num_running_context_tokens + charge.num_context_tokens
-    num_available_pages = load.num_free_pages + load.num_evictable_pages - charge.num_pages
+    num_context_tokens = (
+        load.num_running_context_tokens + num_waiting_tokens + charge.num_context_tokens
+    )
+    num_available_pages = (
+        load.num_free_pages
+        + load.num_evictable_pages
+        - -(-num_waiting_tokens // worker.page_size)
+        - charge.num_pages
+    )
     return WorkerView(
         worker,
         worker.worker_id,
@@ -134,7 +154,7 @@ def view_of(
         charge,
         num_active,
         worker.max_running_sequences - num_active,
-        load.num_waiting_uncached_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
+        num_waiting_tokens * cost_model.prefill_token_ns + charge.prefill_ns,
         cost_model.decode_step_ns(num_active, num_context_tokens),
         num_available_pages * worker.page_size,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from rhizome.common.v1.pool_identity_pb2 import PoolIdentity as PoolIdentityMessage
@@ -14,9 +15,9 @@ from rhizome.common.v1.worker_role_pb2 import (
 )
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb
 from services.common.errors import InvalidRequestError
+from services.scheduler.accounting import Outcome
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.endpoints import PoolLimits, WorkerTable
-from services.scheduler.placement import Outcome
 from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import Mismatch, PoolIdentity, PoolSet, ProtocolRange
 from services.scheduler.reservations import Reservation
@@ -32,7 +33,21 @@ _STATES = {
     WorkerState.READY: pb.WORKER_STATE_READY,
     WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
     WorkerState.SUSPECT: pb.WORKER_STATE_SUSPECT,
+    WorkerState.HUNG: pb.WORKER_STATE_SUSPECT,
 }
+# google.rpc codes of attempts that ended for the worker's sake: unknown, internal, aborted,
+# unavailable, and no room.
+_WORKER_FAILURES = frozenset(
+    status.value[0]
+    for status in (
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
+)
+_NO_ROOM = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
@@ -51,7 +66,9 @@ def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
         num_prompt_tokens=message.num_prompt_tokens,
         max_new_tokens=message.max_new_tokens,
         num_choices=max(1, message.num_choices),
+        tenant=message.tenant,
         priority=message.priority,
+        num_losses=message.num_losses,
         excluded_worker_ids=frozenset(message.excluded_worker_ids),
         session=(message.tenant, message.session_id) if message.session_id else None,
     )
@@ -96,6 +113,9 @@ def outcomes(message: pb.ReportRequestsRequest) -> list[Outcome]:
             outcome.cached_tokens,
             outcome.output_tokens,
             outcome.code == 0,
+            outcome.code in _WORKER_FAILURES,
+            outcome.code == _NO_ROOM,
+            outcome.worker_id,
         )
         for outcome in message.outcomes
     ]
@@ -147,6 +167,9 @@ def load(message: pb.LoadReport) -> Load:
         num_waiting_uncached_tokens=message.num_waiting_uncached_tokens,
         num_running_context_tokens=message.num_running_context_tokens,
         draining=message.draining,
+        engine_busy=message.engine_busy,
+        engine_step_number=message.engine_step_number,
+        predicted_step_ns=message.predicted_step_ns,
         eviction_cost_ns=tuple(message.eviction_cost_ns),
         cost_model=_cost_model(message.cost_model) if has_model else None,
     )

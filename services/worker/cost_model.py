@@ -20,6 +20,7 @@ _MIN_OBSERVATIONS = 16
 # Relative to each feature's own weight; keeps features that never varied from taking part.
 _RIDGE = 1e-6
 _MAX_GAIN = 1e50
+_FIT_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,12 @@ class CostCoefficients:
     decode_base_ns: float
     decode_sequence_ns: float
     decode_context_ns: float
+
+    def prefill_ns(self, num_tokens: int, num_context: int) -> float:
+        """A step that computes `num_tokens`, after at most `num_context` others each."""
+        return self.prefill_base_ns + num_tokens * (
+            self.prefill_token_ns + self.prefill_context_ns * num_context
+        )
 
 
 def eviction_cost_ns(work: EvictionWork, costs: CostCoefficients) -> list[float]:
@@ -51,6 +58,8 @@ class CostModel:
         self._targets = [0.0] * _NUM_FEATURES
         self._gain = 1.0
         self._num_observations = 0
+        self._recent: CostCoefficients | None = None
+        self._recent_until = 0.0
 
     def observe(self, work: StepWork) -> None:
         """Learn from one step; steps that cannot be told are left out."""
@@ -85,6 +94,13 @@ class CostModel:
             decode_sequence_ns=solved[4],
             decode_context_ns=solved[5],
         )
+
+    def recent(self, now_s: float) -> CostCoefficients | None:
+        """A fit that is at most a second old: solving takes longer than a load report."""
+        if now_s >= self._recent_until:
+            self._recent_until = now_s + _FIT_INTERVAL_S
+            self._recent = self.coefficients()
+        return self._recent
 
     def _rescale(self) -> None:
         self._products = [[value / self._gain for value in row] for row in self._products]

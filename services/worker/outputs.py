@@ -256,6 +256,10 @@ class OutputRouter:
     def __len__(self) -> int:
         return len(self._live)
 
+    def unanswered_prompt_lens(self) -> list[int]:
+        """Of the sequences that have no output yet."""
+        return [log.prompt_len + log.num_submitted for log in self._live.values() if not log.ids]
+
     def add(self, log: OutputLog) -> None:
         """A sequence goes to the engine."""
         self._live[log.key] = log

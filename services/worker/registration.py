@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from rhizome.scheduler.v1 import (
 )
 from services.common.rpc import open_channel
 from services.worker import wire
-from services.worker.cost_model import eviction_cost_ns
+from services.worker.cost_model import CostCoefficients, eviction_cost_ns
 from services.worker.replica import Replica
 from services.worker.reservations import ReservationFeed
 
@@ -35,8 +36,6 @@ class ReportTimes:
     max_retry_s: float = 2.0
     # A refusal needs an operator, so there is no hurry.
     refused_retry_s: float = 5.0
-    # Solving for the cost model takes longer than the rest of a report.
-    cost_model_interval_s: float = 1.0
 
 
 class RefusedError(Exception):
@@ -61,9 +60,6 @@ class Registration:
         self._describe = describe
         self._times = times or ReportTimes()
         self._changed = replica.watch()
-        self._cost_model: pb.CostModel | None = None
-        self._eviction_cost_ns: list[float] = []
-        self._cost_model_due = 0.0
 
     async def run(self) -> None:
         """Register for ever."""
@@ -160,6 +156,7 @@ class Registration:
     def _load_report(self, feed: ReservationFeed, sequence_number: int) -> pb.LoadReport:
         replica, load = self._replica, self._replica.load
         admitted, ended = feed.take()
+        fitted = replica.cost_model.recent(time.monotonic())
         return pb.LoadReport(
             sequence_number=sequence_number,
             num_running=load.num_running,
@@ -168,31 +165,15 @@ class Registration:
             num_free_pages=load.num_free_pages,
             num_evictable_pages=load.num_evictable_pages,
             engine_step_number=replica.step_number,
-            predicted_step_ns=load.predicted_step_ns,
+            predicted_step_ns=replica.predicted_step_ns,
             admitted_reservation_ids=admitted,
             ended_reservation_ids=ended,
-            cost_model=self._newest_cost_model(),
-            eviction_cost_ns=self._eviction_cost_ns,
+            cost_model=None if fitted is None else _cost_model(fitted),
+            eviction_cost_ns=(() if fitted is None else eviction_cost_ns(replica.eviction, fitted)),
             num_running_context_tokens=load.num_running_context_tokens,
             draining=replica.draining,
+            engine_busy=replica.busy,
         )
-
-    def _newest_cost_model(self) -> pb.CostModel | None:
-        now = asyncio.get_running_loop().time()
-        if now >= self._cost_model_due:
-            self._cost_model_due = now + self._times.cost_model_interval_s
-            fitted = self._replica.cost_model.coefficients()
-            if fitted is not None:
-                self._eviction_cost_ns = eviction_cost_ns(self._replica.eviction, fitted)
-                self._cost_model = pb.CostModel(
-                    prefill_base_ns=fitted.prefill_base_ns,
-                    prefill_token_ns=fitted.prefill_token_ns,
-                    prefill_context_ns=fitted.prefill_context_ns,
-                    decode_base_ns=fitted.decode_base_ns,
-                    decode_sequence_ns=fitted.decode_sequence_ns,
-                    decode_context_ns=fitted.decode_context_ns,
-                )
-        return self._cost_model
 
     def _set_refusal(self, reason: str | None) -> None:
         refusals = self._replica.refusals
@@ -238,6 +219,17 @@ def describe(replica: Replica, address: str) -> pb.WorkerDescription:
         tp_size=ready.tp_size,
         labels=identity.labels,
         vocab_size=ready.vocab_size,
+    )
+
+
+def _cost_model(fitted: CostCoefficients) -> pb.CostModel:
+    return pb.CostModel(
+        prefill_base_ns=fitted.prefill_base_ns,
+        prefill_token_ns=fitted.prefill_token_ns,
+        prefill_context_ns=fitted.prefill_context_ns,
+        decode_base_ns=fitted.decode_base_ns,
+        decode_sequence_ns=fitted.decode_sequence_ns,
+        decode_context_ns=fitted.decode_context_ns,
     )
 
 

@@ -16,6 +16,7 @@ from services.common.errors import (
     OverloadedError,
     PreconditionError,
     RhizomeError,
+    SessionBrokenError,
     UnavailableError,
 )
 from services.common.prefix_hash import cache_namespace
@@ -47,6 +48,8 @@ _PROGRESS_STEP = 0.1
 # Of an engine's failure, callers are told so many characters: a status message travels as
 # metadata, which has to stay under 8 KiB however it is escaped.
 _MAX_REASON_CHARS = 512
+# A prefill step, before any was seen: the first ones warm things up.
+_FIRST_STEPS_NS = 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +113,22 @@ class Replica:
     def busy(self) -> bool:
         """Whether the engine has something to do."""
         return bool(len(self.router) or self.load.num_running or self.load.num_waiting)
+
+    @property
+    def predicted_step_ns(self) -> int:
+        """Time that the step under way may take.
+
+        The engine's own prediction is a mean over its steps; while a prompt may be in the step, it
+        is at least that of as much prefill as fits.
+        """
+        usual = self.load.predicted_step_ns
+        if self.ready is None or not (prompts := self.router.unanswered_prompt_lens()):
+            return usual
+        fitted = self.cost_model.recent(time.monotonic())
+        if fitted is None:
+            return max(usual, _FIRST_STEPS_NS)
+        num_tokens = min(sum(prompts), self.ready.max_step_tokens)
+        return max(usual, int(fitted.prefill_ns(num_tokens, max(prompts))))
 
     @property
     def serving(self) -> bool:
@@ -212,12 +231,12 @@ class Replica:
             self.notify_state()
 
     def fail(self, reason: str, permanent: bool) -> None:
-        """The engine is gone: every sequence ends with UNAVAILABLE. Idempotent."""
+        """The engine is gone: every sequence ends with ABORTED. Idempotent."""
         if self.failed.done():
             return
         self.failed.set_result(ReplicaFailedError(reason, permanent))
         message = f"the engine failed: {reason[:_MAX_REASON_CHARS]}"
-        for log in self.router.fail_all(self.step_number, UnavailableError().code, message):
+        for log in self.router.fail_all(self.step_number, SessionBrokenError().code, message):
             self.reservations.close(log.reservation_id)
         if self._flush is not None and not self._flush.done():
             self._flush.set_exception(UnavailableError(message))

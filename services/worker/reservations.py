@@ -1,4 +1,8 @@
-"""Which of the scheduler's reservations this worker took over, told once to each scheduler."""
+"""Which of the scheduler's reservations this worker took over, told once to each scheduler.
+
+A reservation is told with the first load report that counts it: whoever charges it until then
+counts every request once.
+"""
 
 from __future__ import annotations
 

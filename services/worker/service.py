@@ -112,7 +112,7 @@ def _heartbeat(replica: Replica) -> pb.Heartbeat:
     return pb.Heartbeat(
         engine_step_number=replica.step_number,
         engine_busy=replica.busy,
-        predicted_step_ns=replica.load.predicted_step_ns,
+        predicted_step_ns=replica.predicted_step_ns,
         draining=replica.draining,
     )
 

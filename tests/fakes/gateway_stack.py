@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from grpc import aio
 from tokenizers import Tokenizer
@@ -21,7 +22,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.gateway import running_gateway
 from services.gateway.pipeline import Pipeline
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.service import running_scheduler
+from services.scheduler.service import RunningScheduler, running_scheduler
 from services.tokenizer.load import load_parts
 from services.tokenizer.servicer import TokenizerParts, TokenizerServicer
 from tests.fakes.scripted_worker import PAGE_SIZE, ScriptedWorker, running_worker
@@ -67,6 +68,8 @@ class GatewayStack:
     grpc_address: str
     pipeline: Pipeline
     workers: list[ScriptedWorker]
+    # None where the test has its own.
+    scheduler: RunningScheduler | None = None
 
 
 @contextlib.asynccontextmanager
@@ -106,15 +109,22 @@ async def gateway_stack(
     num_tokenizers: int = 1,
     answer: Callable[[Sequence[int]], list[int]] | None = None,
     step_s: float = 0.002,
+    scheduling: Mapping[str, Any] | None = None,
     **config: object,
 ) -> AsyncIterator[GatewayStack]:
-    """Everything up and ready; `config` goes into the gateway's configuration."""
+    """Everything up and ready; `config` goes into the gateway's configuration, `scheduling` into
+    the scheduler's."""
     async with contextlib.AsyncExitStack() as stack:
         tokenizers = [
             await stack.enter_async_context(running_tokenizer()) for _ in range(num_tokenizers)
         ]
         scheduler = await stack.enter_async_context(
-            running_scheduler(SchedulerConfig(listen="localhost:0", worker_wait_s=0.5), grace_s=0.1)
+            running_scheduler(
+                SchedulerConfig(
+                    **{"listen": "localhost:0", "worker_wait_s": 0.5, **(scheduling or {})}
+                ),
+                grace_s=0.1,
+            )
         )
         scheduler_address = f"localhost:{scheduler.server.port}"
         workers = [
@@ -145,6 +155,7 @@ async def gateway_stack(
             f"localhost:{gateway.grpc_port}",
             gateway.pipeline,
             workers,
+            scheduler,
         )
 
 

@@ -126,6 +126,7 @@ class MockRegistration:
             ),
             num_running_context_tokens=engine.num_context_tokens,
             draining=self._draining(),
+            engine_busy=engine.busy,
         )
 
     def _note(self, reservation_id: int, admitted: bool) -> None:

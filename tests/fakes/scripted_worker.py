@@ -87,12 +87,19 @@ class ScriptedWorker(WorkerServiceServicer):
         self.num_cancels = 0
         self.num_flushes = 0
         self.cached_tokens = 0
+        # Sequences it claims to run beside the real ones.
+        self.num_claimed = 0
         # Fail each sequence with (code, message) once it has this many output ids.
         self.fail_at: tuple[int, int, str] | None = None
         # Break every stream once any sequence has this many output ids.
         self.break_at: int | None = None
         # Send one frame whose arrays do not fit together at that point instead.
         self.garble_at: int | None = None
+        # Crash once a sequence whose prompt has this id has this many output ids.
+        self.poison: tuple[int, int] | None = None
+        self.num_crashes = 0
+        # Make no steps, behind a live front.
+        self.hangs = False
         self.forget_on_break = False
         self.paused = False
         self._broken = asyncio.Event()
@@ -101,6 +108,13 @@ class ScriptedWorker(WorkerServiceServicer):
     def num_live(self) -> int:
         """Sequences the gateway has not closed."""
         return sum(len(session.sequences) for session in self.sessions.values())
+
+    def crash(self) -> None:
+        """End as a process does, and be back under a new epoch at once."""
+        self.num_crashes += 1
+        self.epoch = secrets.randbits(63) | 1
+        self.sessions.clear()
+        self.break_streams()
 
     def break_streams(self) -> None:
         if self.forget_on_break:
@@ -192,8 +206,8 @@ class ScriptedWorker(WorkerServiceServicer):
         step = 0
         while True:
             await asyncio.sleep(self.step_s)
-            step += 1
-            if not self.paused:
+            step += not self.hangs
+            if not self.paused and not self.hangs:
                 frame = self._step(session, step)
                 longest = max((len(s.output) for s in session.sequences.values()), default=0)
                 if self.garble_at is not None and longest >= self.garble_at:
@@ -201,12 +215,24 @@ class ScriptedWorker(WorkerServiceServicer):
                     del frame.num_tokens[:]
                 if frame.ByteSize() > 4:
                     await context.write(pb.ConnectResponse(frame=frame))
+                if self._is_poisoned(session):
+                    self.crash()
+                    return
                 if self.break_at is not None and longest >= self.break_at:
                     self.break_at = None
                     self.break_streams()
-            if step % 20 == 0:
+            if step % 20 == 0 or self.hangs:
                 beat = pb.Heartbeat(engine_step_number=step, engine_busy=not self.paused)
                 await context.write(pb.ConnectResponse(heartbeat=beat))
+
+    def _is_poisoned(self, session: Session) -> bool:
+        if self.poison is None:
+            return False
+        poison_id, num_output = self.poison
+        return any(
+            poison_id in sequence.prompt and len(sequence.output) >= num_output
+            for sequence in session.sequences.values()
+        )
 
     def _step(self, session: Session, step: int) -> pb.StepFrame:
         frame = pb.StepFrame(step_number=step)
@@ -336,18 +362,26 @@ async def _register(worker: ScriptedWorker, call: Any) -> None:
     )
     answer = await call.read()
     assert answer.HasField("accepted"), answer
-    number = 0
-    while True:
+    number, step_number, epoch = 0, 0, worker.epoch
+    while worker.epoch == epoch:
         number += 1
+        step_number += not worker.hangs
+        live = {
+            sequence.submit.reservation_id
+            for session in worker.sessions.values()
+            for sequence in session.sequences.values()
+        }
         seen = [submit.reservation_id for submit in worker.submits if submit.reservation_id]
         await call.write(
             RegisterWorkerRequest(
                 load=LoadReport(
                     sequence_number=number,
-                    num_running=worker.num_live,
+                    num_running=worker.num_live + worker.num_claimed,
                     num_free_pages=1000,
+                    engine_step_number=step_number,
+                    engine_busy=worker.hangs or worker.num_live > 0,
                     admitted_reservation_ids=seen,
-                    ended_reservation_ids=seen,
+                    ended_reservation_ids=[each for each in seen if each not in live],
                 )
             )
         )

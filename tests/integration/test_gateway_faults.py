@@ -145,11 +145,14 @@ async def test_a_text_that_fails_at_the_tokenizer_stops_its_sequence() -> None:
 
 async def test_a_request_that_every_worker_fails_is_given_up() -> None:
     async with gateway_stack(num_workers=2) as stack:
-        for worker in stack.workers:
-            worker.fail_at = (1, int(grpc.StatusCode.ABORTED.value[0]), "engine lost")
-        reply = await chat(stack, stream=False)
-        assert reply.status_code == 500
-        assert sum(len(worker.submits) for worker in stack.workers) == 4
+        for code, num_attempts in ((grpc.StatusCode.ABORTED, 3), (grpc.StatusCode.UNAVAILABLE, 4)):
+            for worker in stack.workers:
+                worker.submits.clear()
+                worker.fail_at = (1, int(code.value[0]), "engine lost")
+            reply = await chat(stack, stream=False)
+            assert reply.status_code == 500
+            assert "engine lost" in reply.json()["error"]["message"]
+            assert sum(len(worker.submits) for worker in stack.workers) == num_attempts
 
 
 async def test_a_full_worker_is_a_429_when_there_is_no_other() -> None:
@@ -172,7 +175,7 @@ async def test_a_disconnect_cancels_the_sequences() -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             await until(lambda: worker.num_cancels == 2 and worker.num_live == 0)
-            await until(lambda: stack.pipeline.num_inflight == 0)
+            await until(lambda: stack.pipeline.inflight.num_prompts == 0)
 
 
 async def test_a_reader_that_stops_is_cut_off_and_others_are_not_held_up() -> None:
@@ -194,7 +197,7 @@ async def test_a_reader_that_stops_is_cut_off_and_others_are_not_held_up() -> No
         assert text_of((await chat(stack)).text) == ANSWER
         await until(lambda: stack.workers[0].num_cancels == 8 and stack.workers[0].num_live == 0)
         slow.close()
-        await until(lambda: stack.pipeline.num_inflight == 0)
+        await until(lambda: stack.pipeline.inflight.num_prompts == 0)
 
 
 async def test_silent_streams_get_comments_while_they_wait() -> None:
@@ -235,7 +238,7 @@ async def test_a_refused_stream_with_log_probabilities_leaves_nothing_unawaited(
         async with httpx.AsyncClient(base_url=stack.url) as http:
             assert (await http.post("/v1/completions", json=body)).status_code == 429
         gc.collect()
-        assert stack.pipeline.num_inflight == 0
+        assert stack.pipeline.inflight.num_prompts == 0
 
 
 async def test_requests_flow_without_a_scheduler() -> None:
@@ -324,7 +327,11 @@ async def test_a_tokenizer_with_other_digests_is_not_used_and_the_error_says_why
             await until(lambda: gateway.pipeline.control.table.workers())
             await until(lambda: "template_digest" in gateway.pipeline.tokenizers.why_unusable())
             other = GatewayStack(
-                f"http://127.0.0.1:{gateway.http_port}", "", gateway.pipeline, stack.workers
+                f"http://127.0.0.1:{gateway.http_port}",
+                "",
+                gateway.pipeline,
+                stack.workers,
+                stack.scheduler,
             )
             reply = await chat(other)
             assert reply.status_code == 503
@@ -359,4 +366,4 @@ async def test_many_streams_half_of_them_cut_leave_nothing() -> None:
         for reply in await asyncio.gather(*tasks[len(cut) :]):
             assert text_of(reply.text) == ANSWER
         await until(lambda: sum(w.num_live for w in stack.workers) == 0)
-        await until(lambda: stack.pipeline.num_inflight == 0)
+        await until(lambda: stack.pipeline.inflight.num_prompts == 0)

@@ -346,4 +346,4 @@ async def test_nothing_is_left_when_requests_are_over(
 ) -> None:
     await client.chat.completions.create(model="default", messages=CHAT, n=2)
     await until(lambda: stack.workers[0].num_live == 0)
-    assert stack.pipeline.num_inflight == 0
+    assert stack.pipeline.inflight.num_prompts == 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, duration_pb2, message_factory
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -19,6 +20,7 @@ from services.common.errors import (
 )
 from services.common.rpc import RunningServer, open_channel, running_server
 
+Field = descriptor_pb2.FieldDescriptorProto
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 
 
@@ -83,6 +85,57 @@ async def test_an_overload_carries_its_retry_hint(channel: aio.Channel) -> None:
     error = await _failure(channel, "full")
     assert isinstance(error, OverloadedError)
     assert error.retry_after_s == 2.5
+
+
+def _google_rpc_types() -> tuple[Any, Any]:
+    """google.rpc.Status and RetryInfo, declared as googleapis does."""
+    status = descriptor_pb2.FileDescriptorProto(
+        name="status.proto", package="google.rpc", syntax="proto3"
+    )
+    status.dependency.extend(["google/protobuf/any.proto", "google/protobuf/duration.proto"])
+    fields = {
+        "Status": [
+            ("code", 1, Field.TYPE_INT32, Field.LABEL_OPTIONAL, ""),
+            ("message", 2, Field.TYPE_STRING, Field.LABEL_OPTIONAL, ""),
+            ("details", 3, Field.TYPE_MESSAGE, Field.LABEL_REPEATED, ".google.protobuf.Any"),
+        ],
+        "RetryInfo": [
+            (
+                *("retry_delay", 1, Field.TYPE_MESSAGE, Field.LABEL_OPTIONAL),
+                ".google.protobuf.Duration",
+            ),
+        ],
+    }
+    for message, members in fields.items():
+        made = status.message_type.add(name=message)
+        for name, number, kind, label, type_name in members:
+            made.field.add(
+                name=name, number=number, type=kind, label=label, type_name=type_name or None
+            )
+    pool = descriptor_pool.DescriptorPool()
+    for module in (any_pb2, duration_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    pool.Add(status)  # type: ignore[no-untyped-call]
+    names = ("google.rpc.Status", "google.rpc.RetryInfo")
+    found = [message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names]
+    return found[0], found[1]
+
+
+async def test_an_overload_carries_retry_info_for_any_grpc_client(channel: aio.Channel) -> None:
+    with pytest.raises(aio.AioRpcError) as caught:
+        async for _ in pb_grpc.InferenceServiceStub(channel).Generate(
+            pb.GenerateRequest(model="full")
+        ):
+            pass
+    trailers = dict(caught.value.trailing_metadata() or ())
+    status_type, retry_info_type = _google_rpc_types()
+    status = status_type.FromString(trailers["grpc-status-details-bin"])
+    assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert status.message == caught.value.details() == "later"
+    (detail,) = status.details
+    assert detail.type_url == "type.googleapis.com/google.rpc.RetryInfo"
+    delay = retry_info_type.FromString(detail.value).retry_delay
+    assert (delay.seconds, delay.nanos) == (2, 500_000_000)
 
 
 async def test_an_unknown_error_is_internal_without_its_text(

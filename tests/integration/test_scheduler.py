@@ -144,7 +144,7 @@ async def test_cancelling_in_the_queue_gives_the_place_back(
         second = stub.Schedule(_request("second"))
         assert (await second.read()).queued.position == 1
         first.cancel()
-        await _until(lambda: scheduler.metrics.value("queued_requests") == 1)
+        await _until(lambda: scheduler.metrics.value("queued_requests", priority="normal") == 1)
         await worker.report(num_running=0, num_free_pages=10_000)
         assert (await _last_event(second)).HasField("placed")
     await _until(lambda: scheduler.metrics.value("reservations") == 0)

@@ -184,7 +184,7 @@ async def test_a_dead_engine_ends_its_worker(tmp_path: Path) -> None:
             worker.engine().kill()
             await client.ended()
             assert received.error is not None
-            assert received.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert received.error.code == grpc.StatusCode.ABORTED.value[0]
         assert await asyncio.to_thread(worker.wait) == 4
     finally:
         worker.close()

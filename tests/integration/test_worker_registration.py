@@ -121,6 +121,35 @@ async def test_load_and_reservations_are_reported_on_change(
     assert running[-1].predicted_step_ns > 0
 
 
+async def test_what_waits_in_the_worker_is_reported_and_admitted_at_once(
+    scheduler: ScriptedScheduler,
+) -> None:
+    """So a scheduler that charges until then counts it once, never twice."""
+    async with (
+        serving(scheduler, "localhost:0") as port,
+        running_bench(schedulers=(f"localhost:{port}",), max_running=1) as bench,
+    ):
+        await until(lambda: bool(scheduler.reports and scheduler.reports[-1]))
+        bench.engine.step_s = 0.01
+        client = bench.client()
+        await client.open()
+        submits = [
+            make_submit(handle, PROMPT, max_new_tokens=20, reservation_id=10 + handle)
+            for handle in range(1, 4)
+        ]
+        await client.submit(*submits)
+        await client.ended()
+        await until(lambda: len(scheduler.ended()) == 3)
+        open_ids: set[int] = set()
+        seen_waiting = 0
+        for report in scheduler.reports[-1]:
+            open_ids |= set(report.admitted_reservation_ids)
+            open_ids -= set(report.ended_reservation_ids)
+            assert len(open_ids) == report.num_running + report.num_waiting
+            seen_waiting = max(seen_waiting, report.num_waiting)
+        assert seen_waiting == 2
+
+
 async def test_a_submit_refused_by_its_lengths_gives_its_reservation_back(
     bench: Bench, scheduler: ScriptedScheduler
 ) -> None:

@@ -187,7 +187,7 @@ async def test_a_failure_with_a_long_reason_keeps_its_status(bench: Bench) -> No
     with pytest.raises(aio.AioRpcError) as raised:
         async for _ in responses:
             pass
-    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert raised.value.code() is grpc.StatusCode.ABORTED
     assert "out of luck" in (raised.value.details() or "")
 
 
@@ -201,7 +201,7 @@ async def test_a_failed_engine_fails_generate_retryably(bench: Bench) -> None:
     bench.engine.fail("gone", permanent=True)
     with pytest.raises(aio.AioRpcError) as raised:
         await _read_all(responses)
-    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert raised.value.code() is grpc.StatusCode.ABORTED
     await until(bench.worker.replica.failed.done)
     assert bench.worker.replica.failed.result().permanent
 

@@ -398,7 +398,7 @@ async def test_an_engine_failure_ends_every_handle_retryably(bench: Bench) -> No
     await client.ended()
     for entry in entries:
         assert entry.error is not None
-        assert entry.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert entry.error.code == grpc.StatusCode.ABORTED.value[0]
         assert "out of luck" in entry.error.message
     (refused,) = await client.submit(make_submit(9, PROMPT))
     await client.ended()

@@ -33,7 +33,9 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_READY: _WorkerState.ValueType  # 1
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 2
     WORKER_STATE_SUSPECT: _WorkerState.ValueType  # 3
-    """Silent for longer than it should be."""
+    """Silent, or stuck in a step, for longer than it should be, or failing again
+    and again. It may recover.
+    """
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper):
     """WorkerState says whether a worker may get new requests."""
@@ -42,7 +44,9 @@ WORKER_STATE_UNSPECIFIED: WorkerState.ValueType  # 0
 WORKER_STATE_READY: WorkerState.ValueType  # 1
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
 WORKER_STATE_SUSPECT: WorkerState.ValueType  # 3
-"""Silent for longer than it should be."""
+"""Silent, or stuck in a step, for longer than it should be, or failing again
+and again. It may recover.
+"""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
@@ -62,6 +66,7 @@ class ScheduleRequest(_message.Message):
     REMAINING_FIELD_NUMBER: _builtins.int
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    NUM_LOSSES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the placements of this request, from 0."""
@@ -73,10 +78,17 @@ class ScheduleRequest(_message.Message):
     num_choices: _builtins.int
     """Choices that share the prompt."""
     tenant: _builtins.str
+    """Whose request it is: tenants share a priority class fairly. Empty is a
+    tenant like any other.
+    """
     priority: _builtins.int
-    """Higher is served first. Default 0."""
+    """Higher is served first, strictly but for a trickle. Default 0."""
     session_id: _builtins.str
     """Requests of one session prefer one worker; empty means none."""
+    num_losses: _builtins.int
+    """Workers that died while they ran it. From 2 on it may be what kills them,
+    and gets a worker where no other such request is.
+    """
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Chained hashes of the prompt's full pages."""
@@ -107,10 +119,11 @@ class ScheduleRequest(_message.Message):
         remaining: _duration_pb2.Duration | None = ...,
         excluded_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
+        num_losses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_arrival", b"first_arrival", "remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_losses", b"num_losses", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,6 +434,7 @@ class LoadReport(_message.Message):
     EVICTION_COST_NS_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ENGINE_BUSY_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
@@ -436,6 +450,8 @@ class LoadReport(_message.Message):
     num_running_context_tokens: _builtins.int
     """Tokens of context held by running sequences."""
     draining: _builtins.bool
+    engine_busy: _builtins.bool
+    """It has work, so that the step number has to grow."""
     @_builtins.property
     def admitted_reservation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Reservations whose sequences this report counts, waiting or running, and
@@ -471,10 +487,11 @@ class LoadReport(_message.Message):
         eviction_cost_ns: _abc.Iterable[_builtins.float] | None = ...,
         num_running_context_tokens: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        engine_busy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost_model", b"cost_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_reservation_ids", b"admitted_reservation_ids", "cost_model", b"cost_model", "draining", b"draining", "ended_reservation_ids", b"ended_reservation_ids", "engine_step_number", b"engine_step_number", "eviction_cost_ns", b"eviction_cost_ns", "num_evictable_pages", b"num_evictable_pages", "num_free_pages", b"num_free_pages", "num_running", b"num_running", "num_running_context_tokens", b"num_running_context_tokens", "num_waiting", b"num_waiting", "num_waiting_uncached_tokens", b"num_waiting_uncached_tokens", "predicted_step_ns", b"predicted_step_ns", "sequence_number", b"sequence_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_reservation_ids", b"admitted_reservation_ids", "cost_model", b"cost_model", "draining", b"draining", "ended_reservation_ids", b"ended_reservation_ids", "engine_busy", b"engine_busy", "engine_step_number", b"engine_step_number", "eviction_cost_ns", b"eviction_cost_ns", "num_evictable_pages", b"num_evictable_pages", "num_free_pages", b"num_free_pages", "num_running", b"num_running", "num_running_context_tokens", b"num_running_context_tokens", "num_waiting", b"num_waiting", "num_waiting_uncached_tokens", b"num_waiting_uncached_tokens", "predicted_step_ns", b"predicted_step_ns", "sequence_number", b"sequence_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,7 +72,8 @@ class SchedulerServiceServicer:
         and ends. Idempotent by request id and attempt: the same pair gets the same
         placement while its reservation lives. Cancelling the call gives the place
         in the queue and the reservation back. Fails with NOT_FOUND for an unknown
-        model, RESOURCE_EXHAUSTED when the queue is full (with a retry hint),
+        model, RESOURCE_EXHAUSTED when the queue is full or the wait is predicted
+        to be too long (with a retry hint, also as google.rpc.RetryInfo),
         DEADLINE_EXCEEDED when the remaining time passes in the queue, and
         UNAVAILABLE when the pool has no worker that may serve it.
         """

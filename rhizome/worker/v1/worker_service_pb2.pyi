@@ -473,7 +473,8 @@ class HandleError(_message.Message):
     handle: _builtins.int
     code: _builtins.int
     """A google.rpc.Code. UNAVAILABLE, ABORTED and RESOURCE_EXHAUSTED may be
-    retried elsewhere.
+    retried elsewhere. ABORTED: the engine died while it had the sequence, which
+    may be the reason.
     """
     message: _builtins.str
     def __init__(

@@ -35,6 +35,7 @@ async def generate(serving: Serving, exchange: Exchange) -> None:
         exchange.request_id,
         serving.deadline(exchange.arrival_s),
         exchange.traceparent,
+        exchange.tenant,
     )
     if request.stream:
         await _stream(serving, exchange, request, batch)

@@ -98,7 +98,11 @@ class NativeBatch:
 
 
 def native_batch(
-    request: GenerateRequest, request_id: str, deadline: float | None, traceparent: str
+    request: GenerateRequest,
+    request_id: str,
+    deadline: float | None,
+    traceparent: str,
+    tenant: str = "",
 ) -> NativeBatch:
     """Raises InvalidRequestError naming the parameter that is wrong."""
     inputs, single, param = _inputs(request)
@@ -133,6 +137,7 @@ def native_batch(
                 ),
                 logprobs=logprobs,
                 num_choices=check_choices("sampling_params.n", sampling.n),
+                tenant=tenant,
                 priority=request.priority or 0,
                 cache_salt=_salt(salts[index], keys[index]),
                 session_id=request.session_id or "",

@@ -58,6 +58,7 @@ def _spec(request: ChatRequest, exchange: Exchange, serving: Serving) -> Generat
         text_options=request.text(),
         logprobs=request.logprob_options(),
         num_choices=check_choices("n", request.n),
+        tenant=exchange.tenant,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         session_id=request.session_id or "",

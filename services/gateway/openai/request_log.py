@@ -19,7 +19,7 @@ def log_request(
     """Log sizes, time, workers, and the client's `user` and `metadata`."""
     logger.info(
         "event=request_done request_id=%s workers=%s prompts=%d prompt_tokens=%d "
-        "cached_tokens=%d output_tokens=%d total_ms=%.1f user=%.200r metadata=%.1000r",
+        "cached_tokens=%d output_tokens=%d total_ms=%.1f tenant=%s user=%.200r metadata=%.1000r",
         exchange.request_id,
         ",".join(dict.fromkeys(w for g in generations for w in g.hops.worker_ids)),
         len(generations),
@@ -27,6 +27,7 @@ def log_request(
         sum(g.cached_tokens for g in generations),
         sum(g.num_output_tokens for g in generations),
         (time.monotonic() - exchange.arrival_s) * 1000,
+        exchange.tenant,
         request.user,
         request.metadata,
     )

@@ -30,7 +30,9 @@ from services.worker.engine.pace import StepPace
 
 logger = logging.getLogger(__name__)
 
-# google.rpc.Code.UNAVAILABLE, which this package may not import: try again elsewhere.
+# Of google.rpc.Code, which this package may not import. Both mean to try again elsewhere; ABORTED
+# also that the request may be what the engine died of.
+_ABORTED = 10
 _UNAVAILABLE = 14
 
 # The inbox waits in whole milliseconds.
@@ -109,10 +111,10 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self.step()
-            self._fail_live("the worker is stopping")
+            self._fail_live(_UNAVAILABLE, "the worker is stopping")
         except Exception:
             logger.exception("event=engine_step_failed live=%s", self._scheduler.num_live)
-            self._fail_live("the engine failed and is starting again")
+            self._fail_live(_ABORTED, "the engine failed and is starting again")
             raise
         finally:
             gc.enable()
@@ -183,8 +185,8 @@ class EngineLoop:
             case Stop():
                 self._is_stopping = True
 
-    def _fail_live(self, message: str) -> None:
-        self._scheduler.fail_all(_UNAVAILABLE, message)
+    def _fail_live(self, code: int, message: str) -> None:
+        self._scheduler.fail_all(code, message)
         self._publish()
 
     def _publish(self) -> None:

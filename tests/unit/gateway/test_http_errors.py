@@ -42,4 +42,4 @@ def test_each_error_has_its_status_and_type(error: Exception, status: int, kind:
 
 def test_the_parameter_and_the_retry_hint_are_passed_on() -> None:
     assert json.loads(error_reply(InvalidRequestError("x", "n")).body)["error"]["param"] == "n"
-    assert (b"retry-after", b"2") in error_reply(OverloadedError("full", 2.4)).headers
+    assert (b"retry-after", b"3") in error_reply(OverloadedError("full", 2.4)).headers

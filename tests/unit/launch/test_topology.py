@@ -47,6 +47,14 @@ def test_services_find_each_other() -> None:
     assert services["scheduler"].cache_index == services["index"].listen
 
 
+def test_what_the_operator_asks_reaches_the_scheduler() -> None:
+    asked = ServeConfig(policy="round_robin", tenants=Path("/tenants.json"), max_queue_wait_s=9.5)
+    scheduler = parsed(asked)["scheduler"]
+    assert (scheduler.policy, scheduler.tenants) == ("round_robin", Path("/tenants.json"))
+    assert scheduler.max_queue_wait_s == 9.5
+    assert parsed(ServeConfig())["scheduler"].tenants is None
+
+
 def test_what_the_operator_asks_reaches_the_worker() -> None:
     worker = parsed(
         ServeConfig(

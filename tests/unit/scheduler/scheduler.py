@@ -4,16 +4,18 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.common.policies import PolicyName
+from services.scheduler.accounting import Outcome
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
+from services.scheduler.policy import Policy
 from services.scheduler.pools import Pool, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
+from services.scheduler.tenants import TenantSet
 from services.scheduler.views import WorkerView
 from tests.unit.scheduler.build import (
     Clock,
@@ -35,6 +37,7 @@ class Scheduler:
     table: WorkerTable
     metrics: SchedulerMetrics
     placer: Placer
+    # The newest of each worker.
     registrations: dict[str, Registration] = field(default_factory=dict)
 
     @property
@@ -67,24 +70,44 @@ class Scheduler:
         assert view is not None
         return view
 
+    def finish(self, ticket: Ticket, output_tokens: int, **changes: Any) -> None:
+        """Report that a placed request ended well."""
+        assert ticket.reservation is not None, ticket.error
+        outcome = Outcome(
+            ticket.reservation.reservation_id,
+            ticket.request.num_prompt_tokens,
+            cached_tokens=0,
+            output_tokens=output_tokens,
+            ended_well=True,
+            worker_id=ticket.reservation.worker.worker_id,
+        )
+        self.placer.report_outcomes([outcome._replace(**changes)])
+
     @property
     def balance(self) -> float:
         return self.metrics.value("reservations_charged")
 
 
-def make_scheduler(policy: PolicyName = "prefix_load") -> Scheduler:
+def make_scheduler(
+    max_queued: int = 4,
+    max_wait_s: float | None = None,
+    tenants: TenantSet | None = None,
+    policy: Policy | None = None,
+) -> Scheduler:
     clock, pools, metrics = Clock(), PoolSet(), SchedulerMetrics()
     rng = random.Random(1)
     table = WorkerTable(3.0)
     placer = Placer(
         table,
         pools,
-        make_policy(policy, rng),
+        policy or make_policy("prefix_load", rng),
         ReservationBook(table, rng),
         PredictionOverlay(clock()),
         metrics,
         clock,
-        max_queued=4,
+        max_queued=max_queued,
+        max_wait_s=max_wait_s,
+        tenants=tenants,
         worker_wait_s=WORKER_WAIT_S,
     )
     return Scheduler(clock, pools, table, metrics, placer)

@@ -17,6 +17,7 @@ def test_every_flag_is_read() -> None:
     ("changes", "name"),
     [
         ({"max_queued_requests": 0}, "max_queued_requests"),
+        ({"max_queue_wait_s": 0.0}, "max_queue_wait_s"),
         ({"lease_s": 1.0}, "lease_s"),
         ({"worker_wait_s": -1.0}, "worker_wait_s"),
         ({"load_weight": -0.1}, "load_weight"),

@@ -7,8 +7,8 @@ import pytest
 from services.common.errors import (
     UnavailableError,
 )
+from services.scheduler.accounting import Outcome
 from services.scheduler.index_client import WorkerMatch
-from services.scheduler.placement import Outcome
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import UNADMITTED_EXPIRY_S
 from services.scheduler.views import Load
@@ -104,6 +104,21 @@ def test_an_empty_pool_that_takes_another_model_fails_who_waited(scheduler: Sche
     registration = make_registration(make_worker("b"), scheduler.pool)
     scheduler.placer.register(registration, make_identity(model_revision="r2"))
     assert isinstance(ticket.error, UnavailableError)
+
+
+def test_what_waits_in_the_worker_is_counted_once(scheduler: Scheduler) -> None:
+    registration = scheduler.register("a")
+    tickets = [scheduler.schedule(f"r{index}", num_prompt_tokens=160) for index in range(2)]
+    before = scheduler.view("a")
+    ids = [ticket.reservation.reservation_id for ticket in tickets if ticket.reservation]
+    load = Load(num_free_pages=10_000, num_waiting=2, num_waiting_uncached_tokens=320)
+    scheduler.placer.report_load(registration, load, ids)
+    after = scheduler.view("a")
+    assert scheduler.balance == 0
+    assert (before.num_active, after.num_active) == (2, 2)
+    # Nor are its pages and context given to anybody else before it has them.
+    assert after.num_available_tokens == before.num_available_tokens
+    assert after.decode_step_ns == before.decode_step_ns
 
 
 def test_sessions_return_to_their_worker(scheduler: Scheduler) -> None:

@@ -71,7 +71,7 @@ def test_no_policy_chooses_an_excluded_or_draining_worker(
 
 @pytest.mark.parametrize("name", get_args(PolicyName))
 def test_a_worker_that_drains_gets_nothing_that_waited_for_it(name: PolicyName) -> None:
-    scheduler = make_scheduler(name)
+    scheduler = make_scheduler(policy=make_policy(name, random.Random(1)))
     for worker in ("owner", "other"):
         scheduler.register(worker, max_running_sequences=1)
     hashes = chain(1, 60)

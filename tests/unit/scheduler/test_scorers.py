@@ -42,7 +42,7 @@ def test_load_time_is_the_queue_and_decoding_beside_others() -> None:
     )
     query = make_query(make_request(num_prompt_tokens=10, num_choices=2), num_output_tokens=5)
     queued = 50 * 10 + 900
-    step = 100 + 7 * (3 + 1 + 2 + 2) + 3 * (400 + 60 + 10)
+    step = 100 + 7 * (3 + 1 + 2 + 2) + 3 * (400 + 50 + 60 + 10)
     assert load_time(query, [worker]) == [queued + 5 * step]
 
 

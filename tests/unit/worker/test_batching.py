@@ -49,6 +49,23 @@ def test_a_sequence_ends_after_its_last_token(engine):
     assert record.finish.reservation_id == 99
 
 
+def test_a_reservation_arrives_with_the_first_load_that_counts_it(num_in_flight):
+    engine = EngineDriver(max_running_sequences=2, num_in_flight=num_in_flight)
+    arrived, ended, num_checked = set(), set(), 0
+    for key in range(1, 10):
+        engine.send(make_request(key, PROMPT, max_new_tokens=4, reservation_id=100 + key))
+        engine.step()
+    engine.run()
+    for output in engine.outbox.outputs:
+        assert arrived.isdisjoint(output.accepted_reservation_ids)
+        arrived |= set(output.accepted_reservation_ids)
+        ended |= {finish.reservation_id for finish in output.finishes}
+        assert len(arrived - ended) == output.load.num_running + output.load.num_waiting
+        num_checked += bool(output.load.num_waiting)
+    assert num_checked
+    assert arrived == ended == {100 + key for key in range(1, 10)}
+
+
 def test_no_row_is_planned_beyond_the_last_token(engine):
     engine.send(make_request(1, PROMPT, max_new_tokens=7))
     engine.run()

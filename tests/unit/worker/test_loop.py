@@ -136,7 +136,7 @@ def test_an_exception_fails_what_is_live_and_is_raised_again(caplog):
     loop = EngineLoop(runner=runner, scheduler=engine.scheduler, inbox=inbox, outbox=engine.outbox)
     with pytest.raises(RuntimeError, match="device lost"):
         loop.run()
-    assert all_errors(engine.outbox.outputs) == [(1, 14)]
+    assert all_errors(engine.outbox.outputs) == [(1, 10)]
     assert "event=engine_step_failed live=1" in caplog.text
 
 

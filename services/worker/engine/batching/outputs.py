@@ -88,7 +88,7 @@ class OutputCollector:
         )
 
     def accept(self, reservation_id: int) -> None:
-        """A sequence is live: the next load counts it."""
+        """A sequence is live: the next output's load counts it. That alone makes no output."""
         if reservation_id:
             self._output.accepted_reservation_ids.append(reservation_id)
 

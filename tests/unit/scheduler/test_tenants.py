@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from services.scheduler.tenants import TenantSet, read_tenants
+
+
+def _write(path: Path, text: str) -> Path:
+    file = path / "tenants.json"
+    file.write_text(text)
+    return file
+
+
+def test_listed_tenants_have_their_own_policy_and_the_rest_the_stars(tmp_path: Path) -> None:
+    text = '{"a": {"weight": 4, "max_queued": 7}, "*": {"weight": 0.5}, "": {"max_queued": 1}}'
+    tenants = read_tenants(_write(tmp_path, text))
+    assert (tenants.weight("a"), tenants.of("a").max_queued) == (4.0, 7)
+    assert (tenants.weight("stranger"), tenants.of("stranger").max_queued) == (0.5, None)
+    assert (tenants.weight(""), tenants.of("").max_queued) == (1.0, 1)
+
+
+def test_metrics_tell_only_listed_tenants_apart(tmp_path: Path) -> None:
+    tenants = read_tenants(_write(tmp_path, '{"a": {}, "*": {"weight": 2}}'))
+    assert [tenants.label(name) for name in ("a", "b", "c", "")] == ["a", "other", "other", "none"]
+    assert TenantSet().label("a") == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "cannot read tenants"),
+        ("[]", "must hold an object"),
+        ('{"a": 1}', "tenant 'a' must be an object"),
+        ('{"a": {"wait": 1}}', "tenant 'a' has an unknown field 'wait'"),
+        ('{"a": {"weight": "2"}}', "tenant 'a': weight must be a number"),
+        ('{"a": {"weight": true}}', "tenant 'a': weight must be a number"),
+        ('{"a": {"weight": 0}}', "tenant 'a': weight must be in"),
+        ('{"a": {"max_queued": 1.5}}', "tenant 'a': max_queued must be a whole number"),
+        ('{"a": {"max_queued": 0}}', "tenant 'a': max_queued must be >= 1"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tenants(_write(tmp_path, text))
