@@ -10,23 +10,24 @@ import random
 from dataclasses import dataclass, field
 
 from bench.simulator.clock import VirtualClock
-from bench.simulator.worker import Report, SimulatedWorker, WorkerShape
+from bench.simulator.records import Delays, Loss, Served, reported_load
+from bench.simulator.worker import SAMPLED_ID, VOCAB_SIZE, Report, SimulatedWorker, WorkerShape
 from bench.simulator.workloads import Conversation, Turn, Workload
 from services.cache_index.index import GPU, Holder, PrefixIndex
+from services.common.policies import PolicyName
 from services.common.prefix_hash import prefix_hashes
 from services.scheduler.accounting import Outcome
-from services.scheduler.costs import CostModel
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
-from services.scheduler.policies import PolicyName, make_policy
+from services.scheduler.policies import make_policy
 from services.scheduler.policy import PlacementRequest
 from services.scheduler.pools import PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
-from services.scheduler.views import Load, Worker, WorkerRole
+from services.scheduler.views import Worker, WorkerRole
 from services.worker.engine.messages import (
     CacheEvent,
     PagesRemoved,
@@ -46,46 +47,6 @@ _MAX_PREFIXES = 10_000_000
 _LEASE_S = 3.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delays:
-    """Nanoseconds from sending to arrival; each lane keeps its order."""
-
-    schedule: int = 400_000
-    match: int = 500_000
-    submit: int = 400_000
-    output: int = 300_000
-    report: int = 1_000_000
-    events: int = 2_000_000
-    outcome: int = 2_000_000
-    # From a worker's death to its callers knowing.
-    death: int = 5_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A worker dies, and comes back empty `back_after_s` later (never: None)."""
-
-    at_s: float
-    worker: int
-    back_after_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """One request from its arrival to its last token, in seconds."""
-
-    arrived_s: float
-    first_token_s: float
-    latency_s: float
-    queued_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    predicted_tokens: int
-    output_tokens: int
-    num_attempts: int
-    worker_id: str
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """A request on its way."""
@@ -98,7 +59,6 @@ class _Job:
     hashes: list[int]
     attempt: int = 0
     num_output: int = 0
-    excluded: frozenset[str] = frozenset()
     ticket: Ticket | None = None
     key: int = 0
     cached_tokens: int = 0
@@ -150,7 +110,7 @@ class Cluster:
         self._placer = Placer(
             table,
             self._pools,
-            make_policy(policy, rng, clock=lambda: self.clock.now_s, **(weights or {})),
+            make_policy(policy, rng, **(weights or {})),
             ReservationBook(table, rng),
             PredictionOverlay(),
             self.metrics,
@@ -169,7 +129,7 @@ class Cluster:
         for session, (conversation, at_ns) in enumerate(
             zip(workload.conversations, arrivals_ns, strict=True)
         ):
-            self.clock.at(at_ns, lambda c=conversation, s=session: self._arrive(c, 0, s, ()))  # type: ignore[misc]
+            self.clock.at(at_ns, lambda c=conversation, s=session: self._arrive(c, 0, s))  # type: ignore[misc]
         for loss in losses:
             self.clock.at(int(loss.at_s * 1e9), lambda lost=loss: self._lose(lost))  # type: ignore[misc]
         self.clock.run(until=lambda: len(self.served) == workload.num_requests)
@@ -181,9 +141,7 @@ class Cluster:
 
     # A request's way
 
-    def _arrive(
-        self, conversation: Conversation, turn_index: int, session: int, _: tuple[()]
-    ) -> None:
+    def _arrive(self, conversation: Conversation, turn_index: int, session: int) -> None:
         token_ids = conversation.turns[turn_index].token_ids()
         hashes = prefix_hashes(token_ids, self._shape.page_size, "")
         job = _Job(conversation, turn_index, session, self.clock.now_ns, token_ids, hashes)
@@ -203,7 +161,6 @@ class Cluster:
             prefix_hashes=job.hashes,
             num_prompt_tokens=len(job.token_ids),
             max_new_tokens=job.turn.output_len - job.num_output,
-            excluded_worker_ids=job.excluded,
             session=("", str(job.session)) if len(job.conversation.turns) > 1 else None,
         )
         ticket, is_new = self._placer.open_ticket(request, None)
@@ -240,7 +197,7 @@ class Cluster:
 
     def _submit(self, job: _Job, seat: _Seat, epoch: int, reservation_id: int) -> None:
         if not seat.worker.alive or seat.worker.epoch != epoch:
-            self._migrate(job, seat.name)
+            self._migrate(job)
             return
         seat.jobs[job.key] = job
         turn = job.turn
@@ -256,8 +213,10 @@ class Cluster:
             )
         )
 
-    def _take_output(self, seat: _Seat, output: StepOutput) -> None:
-        """A frame has come to the callers."""
+    def _take_output(self, seat: _Seat, worker: SimulatedWorker, output: StepOutput) -> None:
+        """A frame has come to the callers; what a dead worker had sent is lost."""
+        if not worker.alive:
+            return
         for key, count in zip(output.keys, output.num_tokens, strict=True):
             job = seat.jobs.get(key)
             if job is not None:
@@ -294,15 +253,13 @@ class Cluster:
         if job.turn_index + 1 < len(job.conversation.turns):
             self.clock.after(
                 job.conversation.think_s * 1e9,
-                lambda: self._arrive(job.conversation, job.turn_index + 1, job.session, ()),
+                lambda: self._arrive(job.conversation, job.turn_index + 1, job.session),
             )
 
-    def _migrate(self, job: _Job, worker_id: str) -> None:
+    def _migrate(self, job: _Job) -> None:
         """Its worker is gone: place it again, with its output so far."""
         job.attempt += 1
-        # A worker that comes back under its name may have it again.
-        job.excluded = frozenset()
-        job.token_ids = job.turn.token_ids() + [7] * job.num_output
+        job.token_ids = job.turn.token_ids() + [SAMPLED_ID] * job.num_output
         job.hashes = prefix_hashes(job.token_ids, self._shape.page_size, "")
         self._schedule(job)
 
@@ -319,7 +276,7 @@ class Cluster:
             num_pages=shape.num_pages,
             max_running_sequences=shape.max_running_sequences,
             context_length=shape.context_length,
-            vocab_size=2**31 - 1,
+            vocab_size=VOCAB_SIZE,
             page_size=shape.page_size,
         )
         registration = Registration(
@@ -345,7 +302,7 @@ class Cluster:
             later(delays.events, lambda: self._take_events(holder, events))
 
         def on_output(output: StepOutput) -> None:
-            later(delays.output, lambda: worker.alive and self._take_output(seat, output))
+            later(delays.output, lambda: self._take_output(seat, worker, output))
 
         worker = SimulatedWorker(
             name,
@@ -364,7 +321,7 @@ class Cluster:
     ) -> None:
         if worker.alive:
             self._placer.report_load(
-                registration, _load(report), report.admitted_ids, report.ended_ids
+                registration, reported_load(report), report.admitted_ids, report.ended_ids
             )
 
     def _take_events(self, holder: Holder, events: list[CacheEvent]) -> None:
@@ -384,7 +341,7 @@ class Cluster:
         self._index.retire(seat.holder)
         jobs, seat.jobs = list(seat.jobs.values()), {}
         for job in jobs:
-            self._migrate(job, seat.name)
+            self._migrate(job)
         if loss.back_after_s is not None:
             self.clock.after(loss.back_after_s * 1e9, lambda: self._come_back(loss.worker))
 
@@ -395,28 +352,3 @@ class Cluster:
         self._placer.sweep()
         self._index.scrub()
         self.clock.after(_SWEEP_NS, self._sweep)
-
-
-def _load(report: Report) -> Load:
-    """As `services/scheduler/wire.py` reads a report."""
-    load, fitted = report.load, report.coefficients
-    costs: CostModel | None = None
-    if fitted is not None and fitted.prefill_token_ns > 0 and fitted.decode_base_ns > 0:
-        costs = CostModel(
-            prefill_base_ns=fitted.prefill_base_ns,
-            prefill_token_ns=fitted.prefill_token_ns,
-            prefill_context_ns=fitted.prefill_context_ns,
-            decode_base_ns=fitted.decode_base_ns,
-            decode_sequence_ns=fitted.decode_sequence_ns,
-            decode_context_ns=fitted.decode_context_ns,
-        )
-    return Load(
-        num_free_pages=load.num_free_pages,
-        num_evictable_pages=load.num_evictable_pages,
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_waiting_uncached_tokens=load.num_waiting_uncached_tokens,
-        num_running_context_tokens=load.num_running_context_tokens,
-        eviction_cost_ns=tuple(report.eviction_cost_ns),
-        cost_model=costs,
-    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 
-from bench.simulator.cluster import Cluster, Delays, Loss, Served
+from bench.simulator.cluster import Cluster
+from bench.simulator.records import Delays, Loss, Served
 from bench.simulator.worker import WorkerShape
 from bench.simulator.workloads import make_workload
-from services.scheduler.policies import PolicyName
+from services.common.policies import PolicyName
 
 # Requests that arrive first find empty caches; they are served, but not measured.
 _WARM_UP_SHARE = 0.1

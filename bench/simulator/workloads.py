@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 from bench.simulator.worker import SAMPLED_ID
@@ -184,7 +185,7 @@ def _multi_turn(num_requests: int, seed: int) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
-    **{name: lambda n, seed, name=name: _preble(name, n, seed) for name in _PREBLE},
+    **{name: partial(_preble, name) for name in _PREBLE},
     "shared_prefix": _shared_prefix,
     "llm_d": _llm_d,
     "multi_turn": _multi_turn,

@@ -2,4 +2,16 @@
 
 from typing import Literal
 
-PolicyName = Literal["prefix_load", "least_loaded", "power_of_two", "round_robin", "random"]
+PolicyName = Literal[
+    "prefix_load",
+    "e2",
+    "least_loaded",
+    "least_outstanding",
+    "power_of_two",
+    "prefix_threshold",
+    "dynamo_cost",
+    "session_affinity",
+    "prefix_hash",
+    "round_robin",
+    "random",
+]

@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from services.common.policies import PolicyName
-from services.scheduler.policies import DEFAULT_PREFIX_WEIGHT
+from services.scheduler.policies import (
+    DEFAULT_EVICTION_WEIGHT,
+    DEFAULT_PREFIX_WEIGHT,
+    DEFAULT_STALL_WEIGHT,
+)
+
+_NOT_NEGATIVE = (
+    "worker_wait_s",
+    "prefix_weight",
+    "load_weight",
+    "session_weight",
+    "stall_weight",
+    "eviction_weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +34,7 @@ class SchedulerConfig:
     """gRPC target of the cache index. Without one, only recent placements show who holds what."""
 
     policy: PolicyName = "prefix_load"
-    """How a worker is chosen."""
+    """How a worker is chosen; docs/scheduling-policies.md describes each."""
 
     pools: Path | None = None
     """JSON file that declares the pools. Default: one pool, declared by its first worker."""
@@ -49,8 +62,14 @@ class SchedulerConfig:
     load_weight: float = 1.0
     """Weight of the predicted wait and decoding time in `prefix_load`."""
 
-    session_weight: float = 0.25
+    session_weight: float = 1.0
     """Weight of leaving a session's worker in `prefix_load`."""
+
+    stall_weight: float = DEFAULT_STALL_WEIGHT
+    """Weight of the time that others on the worker lose in `prefix_load`."""
+
+    eviction_weight: float = DEFAULT_EVICTION_WEIGHT
+    """Weight of the cached prefixes that the worker would evict in `prefix_load`."""
 
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics. Default: none."""
@@ -68,6 +87,6 @@ class SchedulerConfig:
             raise ValueError(f"max_queue_wait_s must be > 0, got {self.max_queue_wait_s}")
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
-        for name in ("worker_wait_s", "prefix_weight", "load_weight", "session_weight"):
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

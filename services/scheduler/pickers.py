@@ -9,7 +9,7 @@ from services.scheduler.policy import Query
 from services.scheduler.views import WorkerView
 
 # Predictions closer than this share of the cheapest are the same.
-TIE_SHARE = 0.05
+TIE_SHARE = 0.02
 
 
 class Rotation:

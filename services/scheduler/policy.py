@@ -6,7 +6,7 @@ weighed in one unit, whatever the prompt's length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,6 +95,8 @@ class Policy:
     picker: Picker
     # It may choose a worker without room; the request then waits for that one.
     waits: bool = False
+    # What `branch` says, for policies with rules of their own.
+    rule: Callable[[Query, WorkerView], str] | None = None
 
     def choose(self, query: Query, workers: Sequence[WorkerView]) -> WorkerView:
         """One of `workers`, which must not be empty."""
@@ -107,6 +109,8 @@ class Policy:
 
     def branch(self, query: Query, chosen: WorkerView) -> str:
         """Why, for traces: `policy/affinity`, `/spread` (a better match lost) or `/cold`."""
+        if self.rule is not None:
+            return f"{self.name}/{self.rule(query, chosen)}"
         if not query.cached_tokens:
             return f"{self.name}/cold"
         best = max(query.cached_tokens.values())

@@ -79,6 +79,8 @@ def _assemble(
         prefix_weight=config.prefix_weight,
         load_weight=config.load_weight,
         session_weight=config.session_weight,
+        stall_weight=config.stall_weight,
+        eviction_weight=config.eviction_weight,
     )
     placer = Placer(
         table,

@@ -9,7 +9,7 @@ from services.scheduler.views import WorkerView
 
 
 def away_from_home(query: Query, workers: Sequence[WorkerView]) -> list[float] | None:
-    """Prefill of the whole prompt on every worker but the session's; None outside a session.
+    """Prefill of what nobody is known to hold, but at the session's worker; None outside a session.
 
     Stands for what the session left in its worker's cache that no match shows (yet).
     """
@@ -17,7 +17,8 @@ def away_from_home(query: Query, workers: Sequence[WorkerView]) -> list[float] |
     if home is None:
         return None
     num_tokens = query.request.num_prompt_tokens
+    unknown = num_tokens - max(query.cached_tokens.values(), default=0)
     return [
-        0.0 if view.worker_id == home else view.cost_model.prefill_ns(num_tokens, num_tokens)
+        0.0 if view.worker_id == home else view.cost_model.prefill_ns(unknown, num_tokens)
         for view in workers
     ]

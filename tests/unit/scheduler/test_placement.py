@@ -88,12 +88,12 @@ def test_a_burst_with_one_new_prefix_stays_together(scheduler: Scheduler) -> Non
     prompt = chain(1, 64)
     tickets = [
         scheduler.schedule(f"r{i}", prefix_hashes=prompt, num_prompt_tokens=64 * PAGE_SIZE + 5)
-        for i in range(8)
+        for i in range(4)
     ]
     assert len({worker_of(ticket) for ticket in tickets}) == 1
-    assert tickets[7].reservation is not None
-    assert tickets[7].reservation.predicted_cached_tokens == 64 * PAGE_SIZE
-    assert tickets[7].reservation.policy == "prefix_load/affinity"
+    assert tickets[3].reservation is not None
+    assert tickets[3].reservation.predicted_cached_tokens == 64 * PAGE_SIZE
+    assert tickets[3].reservation.policy == "prefix_load/affinity"
 
 
 def test_bursts_with_different_prefixes_spread(scheduler: Scheduler) -> None:

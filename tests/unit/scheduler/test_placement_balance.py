@@ -126,6 +126,10 @@ def test_sessions_return_to_their_worker(scheduler: Scheduler) -> None:
         scheduler.register(name)
     first = scheduler.schedule("r0", session=("tenant", "s"))
     scheduler.schedule("other")
+    assert first.reservation is not None
+    home = scheduler.registrations[worker_of(first)]
+    ended = [first.reservation.reservation_id]
+    scheduler.placer.report_load(home, Load(10_000), ended, ended)
     again = scheduler.schedule("r1", session=("tenant", "s"))
     assert worker_of(again) == worker_of(first)
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from services.scheduler.policies import PolicyName, make_policy
+from services.common.policies import PolicyName
+from services.scheduler.policies import make_policy
 from services.scheduler.policy import Policy, Query
 from services.scheduler.views import Charge, WorkerView
 from tests.unit.scheduler.build import make_query, make_request, make_view
@@ -121,7 +122,7 @@ def test_a_follow_up_goes_home_without_a_known_match() -> None:
 
 @pytest.mark.parametrize("matched", [0, 64])
 def test_a_weight_of_zero_turns_a_term_off(matched: int) -> None:
-    policy = make_policy("prefix_load", random.Random(1), load_weight=0.0)
+    policy = make_policy("prefix_load", random.Random(1), load_weight=0.0, stall_weight=0.0)
     workers = [make_view("a", num_running=60), make_view("b")]
     query = make_query(make_request(num_prompt_tokens=4000), {"a": 3900, "b": matched})
     assert policy.choose(query, workers).worker_id == "a"

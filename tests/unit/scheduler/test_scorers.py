@@ -1,7 +1,9 @@
 from services.scheduler.costs import CostModel
+from services.scheduler.scorers.eviction import eviction_time
 from services.scheduler.scorers.load import load_time
 from services.scheduler.scorers.prefix import prefill_time
 from services.scheduler.scorers.session import away_from_home
+from services.scheduler.scorers.stall import stall_time
 from services.scheduler.views import Charge
 from tests.unit.scheduler.build import make_query, make_request, make_view
 
@@ -50,3 +52,38 @@ def test_leaving_a_sessions_worker_costs_a_prefill() -> None:
     full = COSTS.prefill_ns(100, 100)
     assert away_from_home(make_query(request, home_worker_id="b"), workers) == [full, 0.0]
     assert away_from_home(make_query(request), workers) is None
+
+
+def test_stall_is_what_each_active_sequence_loses() -> None:
+    workers = [
+        make_view("a", cost_model=COSTS, num_running=2, charge=Charge(1)),
+        make_view("idle", cost_model=COSTS),
+    ]
+    query = make_query(
+        make_request(num_prompt_tokens=100, num_choices=2), {"a": 80}, num_output_tokens=5
+    )
+    prefill = 20 * (10 + 0.5 * 90)
+    rows = 2 * 5 * (7 + 3 * 100)
+    assert stall_time(query, workers) == [3 * (prefill + rows), 0.0]
+
+
+def test_eviction_costs_what_lies_beyond_the_free_pages() -> None:
+    curve = (10.0, 30.0, 100.0)
+    query = make_query(make_request(num_prompt_tokens=64), {"cached": 32})
+    workers = [
+        make_view("free", num_free_pages=4, eviction_cost_ns=curve),
+        make_view("one", num_free_pages=3, eviction_cost_ns=curve),
+        make_view("promised", num_free_pages=3, charge=Charge(1, 2), eviction_cost_ns=curve),
+        make_view("cached", num_free_pages=0, eviction_cost_ns=curve),
+        make_view("all", num_free_pages=0, eviction_cost_ns=curve),
+        make_view("beyond", num_free_pages=0, eviction_cost_ns=curve[:2]),
+        make_view("unknown", num_free_pages=0),
+    ]
+    # Between two and four pages the curve is a line.
+    assert eviction_time(query, workers) == [0.0, 10.0, 65.0, 30.0, 100.0, 60.0, 0.0]
+
+
+def test_a_sessions_worker_has_no_advantage_for_what_is_known_to_be_cached() -> None:
+    workers = [make_view("a", cost_model=COSTS), make_view("b", cost_model=COSTS)]
+    query = make_query(make_request(num_prompt_tokens=100), {"a": 80}, home_worker_id="b")
+    assert away_from_home(query, workers) == [COSTS.prefill_ns(20, 100), 0.0]

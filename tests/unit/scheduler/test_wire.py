@@ -47,3 +47,8 @@ def test_more_hashes_than_tokens_are_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         wire.placement_request(pb.ScheduleRequest(request_id="r", prefix_hashes=[1]))
     assert caught.value.param == "prefix_hashes"
+
+
+def test_a_report_carries_what_evictions_would_cost() -> None:
+    assert wire.load(pb.LoadReport(eviction_cost_ns=[1.0, 3.5])).eviction_cost_ns == (1.0, 3.5)
+    assert wire.load(pb.LoadReport()).eviction_cost_ns == ()

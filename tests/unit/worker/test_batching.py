@@ -547,3 +547,26 @@ def test_page_events_come_with_the_result_of_their_step(num_in_flight):
     assert len(with_events) == 1
     assert with_events[0].step_number == 1
     assert len(engine.held.parents) == len(PROMPT) // 4
+
+
+def test_a_load_says_once_which_reservations_it_counts_from_now_on() -> None:
+    engine = EngineDriver(max_running_sequences=1)
+    engine.send(make_request(1, [1] * 4, max_new_tokens=3, reservation_id=11))
+    engine.send(make_request(2, [2] * 4, max_new_tokens=3, reservation_id=12))
+    engine.step()
+    # The second one waits, and the load counts it.
+    engine.run()
+    accepted = [output.accepted_reservation_ids for output in engine.outbox.outputs]
+    assert [ids for ids in accepted if ids] == [[11, 12]]
+    first = next(output for output in engine.outbox.outputs if output.accepted_reservation_ids)
+    assert (first.load.num_running, first.load.num_waiting) == (1, 1)
+
+
+def test_the_rest_of_a_prefill_counts_as_waiting() -> None:
+    engine = EngineDriver(max_step_tokens=8)
+    engine.send(make_request(1, list(range(1, 25)), max_new_tokens=1))
+    engine.run()
+    loads = [output.load.num_waiting_uncached_tokens for output in engine.outbox.outputs]
+    assert max(loads) == 16
+    assert sorted(loads, reverse=True) == loads
+    assert loads[-1] == 0
