@@ -75,7 +75,9 @@ async def _queue(
     tasks = []
     for index in range(number):
         tasks.append(asyncio.create_task(session.place(_request(f"r{index}"))))
-        await _until(lambda: scheduler.metrics.value("queued_requests") == len(tasks))
+        await _until(
+            lambda: scheduler.metrics.value("queued_requests", priority="normal") == len(tasks)
+        )
     return tasks
 
 
@@ -131,7 +133,7 @@ async def test_cancelling_one_request_gives_its_place_to_the_next(
         await worker.report(num_running=64, num_free_pages=0)
         first, second = await _queue(session, scheduler, 2)
         first.cancel()
-        await _until(lambda: scheduler.metrics.value("queued_requests") == 1)
+        await _until(lambda: scheduler.metrics.value("queued_requests", priority="normal") == 1)
         await worker.report(num_running=0, num_free_pages=10_000)
         assert (await second).worker_id == "w0"
         assert scheduler.metrics.value("reservations") == 1
@@ -147,7 +149,7 @@ async def test_the_end_of_a_call_gives_all_its_places_back(
         for task in waiting:
             with pytest.raises(UnavailableError):
                 await task
-        await _until(lambda: scheduler.metrics.value("queued_requests") == 0)
+        await _until(lambda: scheduler.metrics.value("queued_requests", priority="normal") == 0)
 
 
 async def test_a_handle_cannot_be_used_twice(address: str) -> None:
