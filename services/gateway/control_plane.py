@@ -69,14 +69,18 @@ class ServedModel:
 
 
 class WorkerTable:
-    """The last worker table a scheduler sent; kept when the schedulers are gone."""
+    """The last worker table a scheduler sent; kept when the schedulers are gone or new."""
 
     def __init__(self) -> None:
         self._pools: list[Pool] = []
         self._models: dict[str, ServedModel] = {}
 
     def update(self, pools: Iterable[Pool]) -> None:
-        self._pools = list(pools)
+        """Take a scheduler's table. One without a pool says only that nobody registered yet."""
+        newest = list(pools)
+        if not newest:
+            return
+        self._pools = newest
         self._models = {
             pool.identity.served_model_name: ServedModel(
                 pool.identity.served_model_name,

@@ -37,6 +37,16 @@ def test_default_means_the_only_model() -> None:
         table.model("default")
 
 
+def test_a_scheduler_that_knows_nobody_yet_takes_no_model_away() -> None:
+    table = WorkerTable()
+    table.update([pool("a", WORKER_STATE_READY)])
+    table.update([])
+    assert table.model("a").name == "a"
+    assert table.has_ready_worker()
+    table.update([pool("a")])
+    assert not table.has_ready_worker()
+
+
 def test_a_table_is_ready_with_one_ready_worker() -> None:
     table = WorkerTable()
     table.update([pool("a", WORKER_STATE_SUSPECT)])
