@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from services.launch.config import ServeConfig
 
 # Time that running requests get to finish after SIGTERM.
 _DRAIN_S = 5.0
+# Time that services get to finish after SIGTERM.
+_WORKER_GRACE_S = 5.0
+_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,94 +34,98 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     They meet over Unix sockets in `directory`, which only this user may enter; only the gateway
     listens on the network. A node above 0 has nothing but its ranks, which one worker runs.
     """
-    sockets = {
-        name: f"unix:{directory}/{name}.sock" for name in ("tokenizer", "scheduler", "index")
-    }
+    sockets = _Sockets(directory)
+
+    def service(
+        name: str, module: str, listen: str, arguments: tuple[str, ...], grace_s: float
+    ) -> ServiceSpec:
+        common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
+        argv = (sys.executable, "-m", f"services.{module}", *common, *arguments)
+        return ServiceSpec(name=name, argv=argv, health_target=listen, grace_s=grace_s)
+
     if config.node_rank > 0:
-        return [_node(config, directory, parent_pid)]
-    gateway_grpc = f"{config.host}:{config.public_grpc_port}"
-
-    def spec(name: str, module: str, listen: str, *arguments: str, grace_s: float) -> ServiceSpec:
-        return _service(config, parent_pid, name, module, listen, *arguments, grace_s=grace_s)
-
-    specs = [
-        spec(
+        name = f"node-{config.node_rank}"
+        listen = sockets.of(name)
+        arguments = ("--listen", listen, *worker_arguments(config))
+        return [service(name, "worker", listen, arguments, _WORKER_GRACE_S)]
+    replicas = [
+        service(
+            f"worker-{replica}",
+            "worker",
+            sockets.of(f"worker-{replica}"),
+            _replica_arguments(config, sockets, replica),
+            _WORKER_GRACE_S,
+        )
+        for replica in range(config.dp)
+    ]
+    tokenizer = ("--listen", sockets.tokenizer, *_model_arguments(config))
+    index = ("--listen", sockets.index, "--scheduler", sockets.scheduler)
+    scheduler = _scheduler_arguments(config, sockets)
+    return [
+        service(
             "gateway",
             "gateway",
-            gateway_grpc,
-            *("--host", config.host, "--port", str(config.port), "--grpc-listen", gateway_grpc),
-            *("--tokenizers", sockets["tokenizer"], "--schedulers", sockets["scheduler"]),
-            *("--shutdown-grace-s", str(_DRAIN_S)),
-            grace_s=_DRAIN_S + 3.0,
-        )
+            _public_grpc(config),
+            _gateway_arguments(config, sockets),
+            _DRAIN_S + 3.0,
+        ),
+        *replicas,
+        service("tokenizer", "tokenizer", sockets.tokenizer, tokenizer, _GRACE_S),
+        service("index", "cache_index", sockets.index, index, _GRACE_S),
+        service("scheduler", "scheduler", sockets.scheduler, scheduler, _GRACE_S),
     ]
-    for index in range(config.dp):
-        listen = f"unix:{directory}/worker-{index}.sock"
-        specs.append(
-            spec(
-                f"worker-{index}",
-                "worker",
-                listen,
-                *("--listen", listen, "--worker-id", f"worker-{index}"),
-                *("--scheduler", sockets["scheduler"]),
-                # The gateway has drained before: nothing is left to wait for.
-                *("--drain-timeout-s", "1"),
-                *worker_arguments(config, replica=index),
-                grace_s=5.0,
-            )
-        )
-    tokenizer = ("--listen", sockets["tokenizer"], *_model_arguments(config))
-    index_arguments = ("--listen", sockets["index"], "--scheduler", sockets["scheduler"])
-    scheduler: tuple[str, ...] = (
-        "--listen",
-        sockets["scheduler"],
-        "--cache-index",
-        sockets["index"],
-    )
-    for flag, value in (
-        ("--policy", config.policy),
-        ("--tenants", config.tenants),
-        ("--max-queue-wait-s", config.max_queue_wait_s),
-    ):
-        if value is not None:
-            scheduler += (flag, str(value))
-    specs += [
-        spec("tokenizer", "tokenizer", sockets["tokenizer"], *tokenizer, grace_s=2.0),
-        spec("index", "cache_index", sockets["index"], *index_arguments, grace_s=2.0),
-        spec("scheduler", "scheduler", sockets["scheduler"], *scheduler, grace_s=2.0),
-    ]
-    return specs
 
 
-def _node(config: ServeConfig, directory: Path, parent_pid: int) -> ServiceSpec:
-    name = f"node-{config.node_rank}"
-    listen = f"unix:{directory}/{name}.sock"
-    return _service(
-        config,
-        parent_pid,
-        name,
-        "worker",
-        listen,
-        *("--listen", listen, *worker_arguments(config)),
-        grace_s=5.0,
+class _Sockets:
+    """Where the services of one host listen for each other."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.tokenizer = self.of("tokenizer")
+        self.scheduler = self.of("scheduler")
+        self.index = self.of("index")
+
+    def of(self, name: str) -> str:
+        return f"unix:{self._directory}/{name}.sock"
+
+
+def _public_grpc(config: ServeConfig) -> str:
+    return f"{config.host}:{config.public_grpc_port}"
+
+
+def _gateway_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...]:
+    return (
+        *("--host", config.host, "--port", str(config.port)),
+        *("--grpc-listen", _public_grpc(config)),
+        *("--tokenizers", sockets.tokenizer, "--schedulers", sockets.scheduler),
+        *("--shutdown-grace-s", str(_DRAIN_S)),
     )
 
 
-def _service(
-    config: ServeConfig,
-    parent_pid: int,
-    name: str,
-    module: str,
-    listen: str,
-    *arguments: str,
-    grace_s: float,
-) -> ServiceSpec:
-    common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
-    return ServiceSpec(
-        name=name,
-        argv=(sys.executable, "-m", f"services.{module}", *common, *arguments),
-        health_target=listen,
-        grace_s=grace_s,
+def _scheduler_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...]:
+    wishes = {
+        "--policy": config.policy,
+        "--tenants": config.tenants,
+        "--max-queue-wait-s": config.max_queue_wait_s,
+    }
+    return ("--listen", sockets.scheduler, "--cache-index", sockets.index, *_given(wishes))
+
+
+def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> tuple[str, ...]:
+    name = f"worker-{replica}"
+    return (
+        *("--listen", sockets.of(name), "--worker-id", name),
+        *("--scheduler", sockets.scheduler),
+        # The gateway has drained before: nothing is left to wait for.
+        *("--drain-timeout-s", "1"),
+        *worker_arguments(config, replica=replica),
+    )
+
+
+def _given(flags: Mapping[str, object]) -> tuple[str, ...]:
+    """Those that have a value, as arguments; the others are left to the service."""
+    return tuple(
+        part for flag, value in flags.items() if value is not None for part in (flag, str(value))
     )
 
 
@@ -155,9 +163,6 @@ def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...
         "--schedule-policy": config.schedule_policy,
         "--kernel-cache-dir": config.kernel_cache_dir,
     }
-    given = [
-        part for flag, value in arguments.items() if value is not None for part in (flag, value)
-    ]
     wishes = {
         "--disable-flashinfer": config.disable_flashinfer,
         "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
@@ -167,4 +172,4 @@ def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...
         "--enable-torch-compile": config.enable_torch_compile,
     }
     switches = (flag for flag, wished in wishes.items() if wished)
-    return (*_model_arguments(config), *(str(part) for part in given), *switches)
+    return (*_model_arguments(config), *_given(arguments), *switches)
