@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from services.cache_index.discovery import Discovery
 from services.cache_index.follower import Follower
-from services.cache_index.index import GPU, PrefixIndex
+from services.cache_index.holders import GPU
+from services.cache_index.index import PrefixIndex
 from services.cache_index.metrics import IndexCollector, metrics_server
 
 
