@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from services.common.engine_flags import EngineFlags
 from services.launch.config import ServeConfig
 
 # Time that running requests get to finish after SIGTERM.
@@ -123,53 +124,29 @@ def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> 
 
 
 def _given(flags: Mapping[str, object]) -> tuple[str, ...]:
-    """Those that have a value, as arguments; the others are left to the service."""
-    return tuple(
-        part for flag, value in flags.items() if value is not None for part in (flag, str(value))
-    )
+    """What says anything, as arguments; None and False are left to the service."""
+    arguments: list[str] = []
+    for flag, value in flags.items():
+        if value is True:
+            arguments.append(flag)
+        elif value is not None and value is not False:
+            arguments += (flag, str(value))
+    return tuple(arguments)
 
 
 def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
-    arguments = ["--model-path", str(config.model_path)]
-    if config.tokenizer_path is not None:
-        arguments += ["--tokenizer-path", str(config.tokenizer_path)]
-    if config.chat_template is not None:
-        arguments += ["--chat-template", config.chat_template]
-    return tuple(arguments)
+    return _given(
+        {
+            "--model-path": config.model_path,
+            "--tokenizer-path": config.tokenizer_path,
+            "--chat-template": config.chat_template,
+        }
+    )
 
 
 def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...]:
     """What the worker of a replica is told of the model and of how to run it."""
-    arguments = {
-        "--served-model-name": config.served_model_name or config.model_path.resolve().name,
-        "--tp-size": config.tp,
-        "--nnodes": config.nnodes,
-        "--node-rank": config.node_rank,
-        "--nccl-init-addr": config.nccl_init_addr,
-        "--base-gpu-id": config.base_gpu_id + replica * config.tp,
-        "--page-size": config.page_size,
-        "--mem-fraction-static": config.mem_fraction_static,
-        "--dtype": config.dtype,
-        "--device": config.device,
-        "--load-format": config.load_format,
-        "--quantization": config.quantization,
-        "--kv-cache-dtype": config.kv_cache_dtype,
-        "--attention-backend": config.attention_backend,
-        "--context-length": config.context_length,
-        "--max-total-tokens": config.max_total_tokens,
-        "--chunked-prefill-size": config.chunked_prefill_size,
-        "--profile-dir": config.profile_dir,
-        "--max-running-requests": config.max_running_requests,
-        "--schedule-policy": config.schedule_policy,
-        "--kernel-cache-dir": config.kernel_cache_dir,
-    }
-    wishes = {
-        "--disable-flashinfer": config.disable_flashinfer,
-        "--attention-reduce-in-fp32": config.attention_reduce_in_fp32,
-        "--disable-cuda-graph": config.disable_cuda_graph,
-        "--enable-p2p-check": config.enable_p2p_check,
-        "--disable-custom-all-reduce": config.disable_custom_all_reduce,
-        "--enable-torch-compile": config.enable_torch_compile,
-    }
-    switches = (flag for flag, wished in wishes.items() if wished)
-    return (*_model_arguments(config), *_given(arguments), *switches)
+    flags = {field.name: getattr(config, field.name) for field in fields(EngineFlags)}
+    flags["served_model_name"] = config.served_model_name or config.model_path.resolve().name
+    flags["base_gpu_id"] = config.base_gpu_id + replica * config.tp_size
+    return _given({f"--{name.replace('_', '-')}": value for name, value in flags.items()})
