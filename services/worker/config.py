@@ -38,6 +38,9 @@ class WorkerConfig(EngineFlags):
     drain_timeout_s: float = 30.0
     """Longest time that running sequences get to finish after SIGTERM."""
 
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics, on host 0. Default: none."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
@@ -55,6 +58,8 @@ class WorkerConfig(EngineFlags):
                 "advertise_address must say how others reach a worker that listens on "
                 f"{self.listen}"
             )
+        if self.metrics_port is not None and self.node_rank > 0:
+            raise ValueError(f"metrics_port is for host 0, this is host {self.node_rank}")
         for label in self.label:
             if not label.partition("=")[1]:
                 raise ValueError(f"label must be key=value, got {label!r}")
