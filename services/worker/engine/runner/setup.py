@@ -365,8 +365,6 @@ def _make_capturable(
     return FlashInferAttention(
         pool,
         num_heads=num_heads,
-        max_captured_rows=max(plan.graph_sizes, default=0),
-        max_pages=-(-plan.context_length // plan.page_size),
         others=triton,
         dtype=getattr(torch, plan.dtype),
         has_other_layers=any(window is not None for window in config.sliding_windows),
