@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from services.worker.engine.batch import Int32Array
+from services.worker.engine.kernels.launch import Launcher
 from services.worker.engine.kernels.paged_attention import (
     HIDDEN,
     Softmax,
@@ -217,6 +218,7 @@ class PagedDecode:
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._heads, self._block_g = heads, triton.next_power_of_2(heads)
         self._dtype = dtype
+        self._launchers: dict[_Tiles, Launcher] = {}
         self._block_h = max(16, self._block_g)
         columns = padded_head_dim(head_dim)
         size = self.most_parts(max_rows) * self._num_lanes * self._block_g
@@ -286,18 +288,27 @@ class PagedDecode:
 
         The parts are those of `list_parts` of `num_rows` rows, on the device.
         """
-        head_dim = self._head_dim
-        columns = padded_head_dim(head_dim)
-        tiles = self._tiles(num_rows)
-        options = {"launch_pdl": True} if self._overlaps else {}
-        _decode[(self._num_lanes, len(parts))](
+        columns, tiles = padded_head_dim(self._head_dim), self._tiles(num_rows)
+        window, has_cap = softmax.window, softmax.soft_cap != 0
+        strides = q.stride(0), page_table.stride(0)
+        variant = (
+            *(tiles, has_cap, window % 16 == 0, window == 1, strides[1] == 1),
+            *(stride % 16 == 0 for stride in strides),
+            *(tensor.data_ptr() % 16 == 0 for tensor in (q, out, parts)),
+        )
+        launcher = self._launchers.get(tiles)
+        if launcher is None:
+            options = {"launch_pdl": True} if self._overlaps else {}
+            launcher = self._launchers[tiles] = Launcher(
+                _decode, num_warps=tiles.warps, num_stages=tiles.stages, **options
+            )
+        launcher(
+            (self._num_lanes, len(parts), 1), variant,
             q, keys, values, out, parts, page_table, self._sums, self._maxima, self._totals,
-            self._arrivals, q.stride(0), page_table.stride(0), softmax.window, softmax.scale,
-            softmax.soft_cap, KV_HEADS=self._num_kv_heads,
-            GROUP=self._num_heads // self._num_kv_heads, HEADS=self._heads, HEAD_DIM=head_dim,
-            PAGE=self._page_size, BLOCK_N=tiles.keys, BLOCK_H=self._block_h,
-            BLOCK_G=self._block_g, BLOCK_D=columns,
-            MERGED=max(1, min(_MAX_PARTS.value, _MERGED_NUMBERS // (self._block_g * columns))),
-            HAS_CAP=softmax.soft_cap != 0, WEIGHT_PARTS=self._weight_parts,
-            OVERLAPS=self._overlaps, num_warps=tiles.warps, num_stages=tiles.stages, **options,
+            self._arrivals, *strides, window, softmax.scale, softmax.soft_cap,
+            # Constants, in the kernel's order.
+            self._num_kv_heads, self._num_heads // self._num_kv_heads, self._heads, self._head_dim,
+            self._page_size, tiles.keys, self._block_h, self._block_g, columns,
+            max(1, min(_MAX_PARTS.value, _MERGED_NUMBERS // (self._block_g * columns))),
+            has_cap, self._weight_parts, self._overlaps,
         )  # fmt: skip
