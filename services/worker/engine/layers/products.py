@@ -14,7 +14,7 @@ import torch.nn.functional as F
 class FewTokenKernels(Protocol):
     """What `services.worker.engine.kernels.matvec` offers."""
 
-    def takes(self, x: torch.Tensor, weight: torch.Tensor) -> bool: ...
+    def takes(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> bool: ...
 
     def matvec(
         self,
@@ -46,14 +46,16 @@ def has_few_token_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32
 
 
-def few_token_kernels(x: torch.Tensor, weight: torch.Tensor) -> FewTokenKernels | None:
+def few_token_kernels(
+    x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False
+) -> FewTokenKernels | None:
     """The kernels, if this product is for them."""
     if not has_few_token_kernels(x.device, x.dtype):
         return None
     # Imported where there is a GPU: other machines may lack Triton.
     from services.worker.engine.kernels import matvec
 
-    return matvec if matvec.takes(x, weight) else None
+    return matvec if matvec.takes(x, weight, gated=gated) else None
 
 
 def multiply(
