@@ -117,7 +117,7 @@ class Reader:
             )
         )
         hidden = self._model.forward(torch.tensor(case.token_ids), positions, self._attention)
-        return self._model.logits(hidden[case.start - 1 : length - 1])
+        return self._model.logits(hidden[case.start - 1 : length - 1]).float()
 
 
 def read_cases(model_path: Path) -> list[Case]:

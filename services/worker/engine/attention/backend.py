@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from services.worker.engine.batch import Int32Array
@@ -43,6 +44,15 @@ class AttentionInputs:
     page_table: torch.Tensor
     # [T] on the device, int64: where in the pool (page * page_size + offset) a token's keys go.
     locations: torch.Tensor
+
+    @property
+    def num_single(self) -> int:
+        """Rows with one token before the first row with several.
+
+        Batches put rows with one token first; one among the others goes with them.
+        """
+        several = np.flatnonzero(self.num_tokens > 1)
+        return int(several[0]) if several.size else len(self.num_tokens)
 
 
 class AttentionBackend(Protocol):
