@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry
 
 from services.worker.engine.messages import (
@@ -37,15 +39,17 @@ def finish(key: int, reason: str) -> Finish:
     return Finish(key, reason, None, 1, 0, 0, 0, 0, 0, 0)
 
 
+def metrics_of(replica: Replica) -> Callable[..., float | None]:
+    """What a scrape says of a metric and its labels."""
+    registry = CollectorRegistry()
+    registry.register(WorkerCollector(replica))
+    return lambda name, **labels: registry.get_sample_value(f"rhizome_worker_{name}", labels)
+
+
 async def test_metrics_are_what_the_engine_said_last() -> None:
     async with engine_link() as link:
         replica = Replica(IDENTITY, link)
-        registry = CollectorRegistry()
-        registry.register(WorkerCollector(replica))
-
-        def value(name: str, **labels: str) -> float | None:
-            return registry.get_sample_value(f"rhizome_worker_{name}", labels)
-
+        value = metrics_of(replica)
         assert (value("serving"), value("pages")) == (0, 0)
         replica.handle(READY)
         assert (value("serving"), value("pages"), value("free_pages")) == (1, 100, 100)
@@ -79,12 +83,7 @@ async def test_metrics_are_what_the_engine_said_last() -> None:
 async def test_steps_and_ends_add_up() -> None:
     async with engine_link() as link:
         replica = Replica(IDENTITY, link)
-        registry = CollectorRegistry()
-        registry.register(WorkerCollector(replica))
-
-        def value(name: str, **labels: str) -> float | None:
-            return registry.get_sample_value(f"rhizome_worker_{name}", labels)
-
+        value = metrics_of(replica)
         assert value("ended_sequences_total", reason="stop") == 0
         for step_s in (0.0005, 0.001, 0.003, 60.0):
             work = StepWork(step_ns=round(step_s * 1e9), prefill_tokens=10)
