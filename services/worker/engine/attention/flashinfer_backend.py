@@ -10,7 +10,7 @@ all layers of captured steps of few rows, where it is faster.
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
 
-Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+Shapes: T tokens, S rows, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.upload import upload_into
 from services.worker.engine.attention.workspace import float_workspace_bytes
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kv.pool import PagePool
 
 _STEPS_IN_FLIGHT = 2
@@ -51,10 +50,7 @@ class _Part:
 
 
 class FlashInferAttention:
-    """Owns FlashInfer's wrappers and workspaces.
-
-    `run` writes keys and values itself; the kernels read them from the pool.
-    """
+    """Owns FlashInfer's wrappers and workspaces."""
 
     def __init__(
         self,
@@ -104,11 +100,10 @@ class FlashInferAttention:
             self._float_workspace, max_rows=max_captured_rows, max_pages=max_pages
         )
         self._turn = 0
-        self._inputs: AttentionInputs | None = None
         self._parts: list[_Part] = []
 
     def plan(self, inputs: AttentionInputs) -> None:
-        self._start(inputs)
+        self._start()
         if self._has_other_layers:
             self._others.plan(inputs)
         several = np.flatnonzero(inputs.num_tokens > 1)
@@ -144,7 +139,7 @@ class FlashInferAttention:
         return self._prefixes.find(slots, start_positions, host_page_table) is not None
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
-        self._start(inputs)
+        self._start()
         self._others_take_all = len(inputs.slots) <= self._few_rows
         if self._others_take_all or self._has_other_layers:
             self._others.plan_captured(inputs)
@@ -155,30 +150,22 @@ class FlashInferAttention:
         self._parts.append(_Part(slice(0, len(inputs.slots)), wrapper))
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self._others_take_all or not can_run(layer, self._head_dim):
-            return self._others.run(q, k, v, layer, out)
-        assert self._inputs is not None, "plan() comes before run()"
+            return self._others.run(q, layer, out)
+        assert self._parts, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        locations = self._inputs.locations
-        num_tokens = len(locations)
-        write_kv(k, v, keys, values, locations)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for part in self._parts:
             part.call.run(q[part.tokens], (keys, values), out=out[part.tokens])
+        num_tokens = self._parts[-1].tokens.stop
         if len(q) > num_tokens:
             out[num_tokens:] = 0
         return out
 
-    def _start(self, inputs: AttentionInputs) -> None:
-        self._inputs = inputs
+    def _start(self) -> None:
         self._others_take_all = False
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT

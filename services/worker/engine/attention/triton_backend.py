@@ -1,11 +1,10 @@
 """Attention by kernels of our own in Triton, for CUDA devices and every shape.
 
 Rows with one token go through the decode kernel, rows with several through the prefill kernel, so
-a mixed step is two launches a layer beside the write of keys and values. Head sizes to
-256, any number of query heads to a key/value head, windows, soft caps and scales; 16-bit
-types and float32.
+a mixed step is two launches a layer. Head sizes to 256, any number of query heads to a key/value
+head, windows, soft caps and scales; 16-bit types and float32.
 
-Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+Shapes: T tokens, S rows, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.upload import upload, upload_into
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kernels.paged_attention import Softmax, parts_of_weights
 from services.worker.engine.kernels.paged_decode import PagedDecode
 from services.worker.engine.kernels.paged_prefill import PagedPrefill
@@ -65,6 +63,7 @@ class TritonAttention:
         )
         self._captured_rows = torch.zeros(max_rows, 3, dtype=torch.int64, device=device)
         self._inputs: AttentionInputs | None = None
+        self._num_tokens = 0
         # [S, 3] of the rows with one token, which are the step's first.
         self._rows = self._captured_rows[:0]
         # [blocks, 4] of the other rows, as the prefill kernel takes them.
@@ -72,6 +71,7 @@ class TritonAttention:
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
+        self._num_tokens = int(inputs.num_tokens.sum())
         several = np.flatnonzero(inputs.num_tokens > 1)
         # Batches put rows with one token first; one among the others is a block of one token.
         num_single = int(several[0]) if several.size else len(inputs.slots)
@@ -90,23 +90,17 @@ class TritonAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
+        self._num_tokens = len(inputs.slots)
         self._blocks = None
         self._rows = self._captured_rows[: len(inputs.slots)]
         upload_into(self._rows, self._decode.list_rows(inputs.slots, inputs.start_positions))
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         inputs = self._inputs
         assert inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        num_tokens = len(inputs.locations)
-        write_kv(k, v, keys, values, inputs.locations)
         softmax = Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -123,8 +117,8 @@ class TritonAttention:
                 softmax,
                 has_window=layer.sliding_window is not None,
             )
-        if len(q) > num_tokens:
-            out[num_tokens:] = 0
+        if len(q) > self._num_tokens:
+            out[self._num_tokens :] = 0
         return out
 
     def _list_blocks(self, inputs: AttentionInputs, first_row: int) -> npt.NDArray[np.int64]:
