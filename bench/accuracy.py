@@ -117,7 +117,7 @@ class Reader:
         )
         token_ids, places = torch.tensor(case.token_ids), StepPlaces(self._pool, positions)
         hidden = self._model.forward(token_ids, positions, places, self._attention)
-        return self._model.logits(hidden[case.start - 1 : length - 1])
+        return self._model.logits(hidden[case.start - 1 : length - 1]).float()
 
 
 def read_cases(model_path: Path) -> list[Case]:

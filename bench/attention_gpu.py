@@ -108,11 +108,8 @@ class Layers:
         return FlashInferAttention(
             self.pool,
             num_heads=heads,
-            max_captured_rows=rows,
-            max_pages=self.inputs.host_page_table.shape[1],
             others=ours,
             has_other_layers=False,
-            few_rows=0,
         )
 
     def microseconds(self, name: str) -> float:

@@ -143,8 +143,6 @@ def make_backend(rows: Sharing):  # type: ignore[no-untyped-def]
     return module.FlashInferAttention(
         rows.pool,
         num_heads=rows.num_heads,
-        max_captured_rows=rows.num_rows,
-        max_pages=rows.table.shape[1],
         others=triton.TritonAttention(
             rows.pool,
             num_heads=rows.num_heads,

@@ -42,7 +42,6 @@ class Harness:
         num_kv_heads: int,
         page_size: int,
         seed: int,
-        few_rows: int = 0,
         num_slots: int = 12,
         max_len: int = MAX_LEN,
     ) -> None:
@@ -74,13 +73,10 @@ class Harness:
         self.flashinfer = flashinfer_backend.FlashInferAttention(
             pools[1],
             num_heads=num_heads,
-            max_captured_rows=self.num_slots,
-            max_pages=max_pages,
             others=triton_backend.TritonAttention(
                 pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
             ),
             has_other_layers=True,
-            few_rows=few_rows,
         )
         self.pools = pools
         table = self.random.permutation(num_pages).reshape(self.num_slots, max_pages)
@@ -154,10 +150,12 @@ def test_layers_that_flashinfer_does_not_take_are_computed_too(layer: AttentionL
     harness.compare(harness.inputs([1] * 5, [5, 300, 90, 0, 64]), layer, captured=True)
 
 
-def test_captured_steps_of_few_rows_equal_the_reference() -> None:
-    harness = Harness(num_heads=32, num_kv_heads=8, page_size=16, seed=2, few_rows=4)
-    for num_rows in (3, 9, 4, 1, 12):
-        starts = harness.random.integers(0, MAX_LEN, num_rows).tolist()
+def test_one_long_row_among_many_equals_the_reference() -> None:
+    harness = Harness(
+        num_heads=32, num_kv_heads=8, page_size=16, seed=2, num_slots=40, max_len=4000
+    )
+    for num_rows in (40, 12):
+        starts = [3999, *harness.random.integers(0, 60, num_rows - 1).tolist()]
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=True)
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from services.worker.engine.batch import Int32Array
@@ -40,6 +41,15 @@ class AttentionInputs:
     # [max slots, max pages of a sequence] page ids by slot, on the host and on the device.
     host_page_table: Int32Array
     page_table: torch.Tensor
+
+    @property
+    def num_single(self) -> int:
+        """Rows with one token before the first row with several.
+
+        Batches put rows with one token first; one among the others goes with them.
+        """
+        several = np.flatnonzero(self.num_tokens > 1)
+        return int(several[0]) if several.size else len(self.num_tokens)
 
 
 class AttentionBackend(Protocol):

@@ -19,6 +19,7 @@ from services.worker.engine.layers.embedding import (
     compute_largest,
     compute_logits,
     embed,
+    logits_dtypes,
 )
 from services.worker.engine.layers.fp8 import Fp8Rows, Rows
 from services.worker.engine.layers.fused import fused_kernels
@@ -258,8 +259,13 @@ class Decoder:
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> [R, V] in float32."""
+        """[R, E] -> [R, V], in one of `logits_dtypes`."""
         return compute_logits(self._head, hidden)
+
+    @property
+    def logits_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The types that `logits` may give, by the number of rows."""
+        return logits_dtypes(self._head)
 
     def largest(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R] ids of the largest logits, without bringing all logits to every rank."""

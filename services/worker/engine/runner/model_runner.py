@@ -89,6 +89,7 @@ class ModelRunner:
             num_slots=num_slots,
             vocab_size=plan.vocab_size,
             eos_token_ids=plan.eos_token_ids,
+            logits_dtypes=model.logits_dtypes,
             device=device,
         )
         self._device = device
