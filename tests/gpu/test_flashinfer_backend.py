@@ -14,6 +14,7 @@ from services.worker.engine.kv.pool import PagePool
 from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.build import build_runner
+from tests.fakes.attention_steps import write_step
 from tests.fakes.step_driver import GREEDY, StepDriver
 
 pytestmark = [
@@ -82,36 +83,30 @@ class Harness:
         self.table = table.astype(np.int32)
 
     def inputs(self, num_tokens: list[int], starts: list[int]) -> AttentionInputs:
-        slots = self.random.permutation(self.num_slots)[: len(starts)].astype(np.int32)
-        positions = [np.arange(s, s + n) for s, n in zip(starts, num_tokens, strict=True)]
-        locations = [
-            self.table[slot][where // self.page_size].astype(np.int64) * self.page_size
-            + where % self.page_size
-            for slot, where in zip(slots, positions, strict=True)
-        ]
         return AttentionInputs(
-            slots=slots,
+            slots=self.random.permutation(self.num_slots)[: len(starts)].astype(np.int32),
             num_tokens=np.array(num_tokens, np.int32),
             start_positions=np.array(starts, np.int32),
             host_page_table=self.table,
             page_table=torch.from_numpy(self.table).cuda(),
-            locations=torch.from_numpy(np.concatenate(locations)).cuda(),
         )
 
     def compare(self, inputs: AttentionInputs, layer: AttentionLayer, *, captured: bool) -> None:
         total = int(inputs.num_tokens.sum())
-        # As the model gives them: queries and keys are views of one tensor.
+        # Views of one tensor, so rows do not follow one another.
         packed = torch.randn(
             total, self.heads + 2 * self.kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
         )
         q, k, v = packed.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        for pool in self.pools:
+            write_step(pool, inputs, layer, k, v)
         self.reference.plan(inputs)
-        expected = self.reference.run(q, k, v, layer)
+        expected = self.reference.run(q, layer)
         if captured:
             self.flashinfer.plan_captured(inputs)
         else:
             self.flashinfer.plan(inputs)
-        got = self.flashinfer.run(q, k, v, layer)
+        got = self.flashinfer.run(q, layer)
         torch.testing.assert_close(got, expected, **TOLERANCE)
         assert torch.equal(self.pools[0].tensor, self.pools[1].tensor)
 

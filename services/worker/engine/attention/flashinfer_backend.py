@@ -10,7 +10,7 @@ layer.
 A wrapper's plan is written to pinned memory and copied from there while the host goes on, so
 plans of consecutive steps use different pinned memory; with two steps in flight, two are enough.
 
-Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+Shapes: T tokens, S rows, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from services.worker.engine.attention.sharing import PrefixFinder
 from services.worker.engine.attention.triton_backend import TritonAttention
 from services.worker.engine.attention.workspace import float_workspace_bytes
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kv.pool import PagePool
 
 _STEPS_IN_FLIGHT = 2
@@ -45,10 +44,7 @@ class _Part:
 
 
 class FlashInferAttention:
-    """Owns FlashInfer's wrappers and workspaces.
-
-    `run` writes keys and values itself; the kernels read them from the pool.
-    """
+    """Owns FlashInfer's wrappers and workspaces."""
 
     def __init__(
         self,
@@ -92,7 +88,7 @@ class FlashInferAttention:
             for _ in range(_STEPS_IN_FLIGHT)
         ]
         self._turn = 0
-        self._inputs: AttentionInputs | None = None
+        self._num_tokens = 0
         self._parts: list[_Part] = []
 
     def plan(self, inputs: AttentionInputs) -> None:
@@ -141,32 +137,24 @@ class FlashInferAttention:
         self._others.plan_captured(inputs)
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self._others_take_all or not can_run(layer, self._head_dim):
-            return self._others.run(q, k, v, layer, out)
-        assert self._inputs is not None, "plan() comes before run()"
+            return self._others.run(q, layer, out)
+        assert self._num_tokens, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        locations = self._inputs.locations
-        num_tokens = len(locations)
-        write_kv(k, v, keys, values, locations)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self._others_take_single:
             self._others.run_single(q, layer, out)
         for part in self._parts:
             part.call.run(q[part.tokens], (keys, values), out=out[part.tokens])
-        if len(q) > num_tokens:
-            out[num_tokens:] = 0
+        if len(q) > self._num_tokens:
+            out[self._num_tokens :] = 0
         return out
 
     def _start(self, inputs: AttentionInputs) -> None:
-        self._inputs = inputs
+        self._num_tokens = int(inputs.num_tokens.sum())
         self._others_take_all = False
         self._parts.clear()
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT

@@ -1,11 +1,10 @@
 """Attention by kernels of our own in Triton, for CUDA devices and every shape.
 
 Rows with one token go through the decode kernel, rows with several through the prefill kernel, so
-a mixed step is two launches a layer beside the write of keys and values. Head sizes to
-256, any number of query heads to a key/value head, windows, soft caps and scales; 16-bit
-types and float32.
+a mixed step is two launches a layer. Head sizes to 256, any number of query heads to a key/value
+head, windows, soft caps and scales; 16-bit types and float32.
 
-Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+Shapes: T tokens, S rows, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.upload import upload, upload_into
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kernels.paged_attention import Softmax, parts_of_weights
 from services.worker.engine.kernels.paged_decode import PART_FIELDS, PagedDecode
 from services.worker.engine.kernels.paged_prefill import PagedPrefill
@@ -67,6 +65,7 @@ class TritonAttention:
             self._decode.most_parts(max_rows), PART_FIELDS, dtype=torch.int64, device=device
         )
         self._inputs: AttentionInputs | None = None
+        self._num_tokens = 0
         # Rows with one token, which are the step's first, and their keys' parts as the decode
         # kernel takes them.
         self._num_single = 0
@@ -86,6 +85,7 @@ class TritonAttention:
         self, inputs: AttentionInputs, num_single: int, blocks: npt.NDArray[np.int64]
     ) -> None:
         self._inputs, self._num_single = inputs, num_single
+        self._num_tokens = int(inputs.num_tokens.sum())
         rows = slice(0, num_single)
         parts = self._decode.list_parts(inputs.slots[rows], inputs.start_positions[rows])
         parts_there, blocks_there = upload(self._pool.tensor.device, parts.ravel(), blocks.ravel())
@@ -99,6 +99,7 @@ class TritonAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
+        self._num_tokens = len(inputs.slots)
         self._blocks = None
         self._num_single = len(inputs.slots)
         parts = self._decode.list_parts(inputs.slots, inputs.start_positions, padded=True)
@@ -106,18 +107,11 @@ class TritonAttention:
         upload_into(self._parts, parts)
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         inputs = self._inputs
         assert inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        num_tokens = len(inputs.locations)
-        write_kv(k, v, keys, values, inputs.locations)
         softmax = Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -133,8 +127,8 @@ class TritonAttention:
                 softmax,
                 has_window=layer.sliding_window is not None,
             )
-        if len(q) > num_tokens:
-            out[num_tokens:] = 0
+        if len(q) > self._num_tokens:
+            out[self._num_tokens :] = 0
         return out
 
     def run_single(self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor) -> None:

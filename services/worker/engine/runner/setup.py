@@ -320,7 +320,7 @@ def make_runner(
     device = torch.device(plan.device)
     pool = PagePool(
         num_layers=config.num_layers,
-        # The last page is the padding rows' of captured steps.
+        # The last page is the padding's of captured steps.
         num_pages=plan.num_pages + 1,
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
@@ -328,17 +328,24 @@ def make_runner(
         dtype=getattr(torch, plan.kv_cache_dtype),
         device=device,
     )
-    if plan.attention_backend == "torch":
-        torch_backend = TorchAttention(
+    capturable: CapturableAttention | None = None
+    if plan.attention_backend != "torch":
+        capturable = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
+    runner = ModelRunner(
+        model=model,
+        backend=capturable
+        or TorchAttention(
             pool, getattr(torch, plan.dtype), reduce_in_fp32=plan.attention_reduce_in_fp32
-        )
-        return ModelRunner(
-            model=model, backend=torch_backend, plan=plan, device=device, reports=reports
-        )
-    backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
-    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=reports)
+        ),
+        pool=pool,
+        plan=plan,
+        device=device,
+        reports=reports,
+    )
+    if capturable is None:
+        return runner
     if plan.graph_sizes:
-        runner.capture_decodes(backend, plan.graph_sizes)
+        runner.capture_decodes(capturable, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
     # What captures warmed up with lies on their streams, where steps cannot use it.
