@@ -74,7 +74,7 @@ def test_rotation_and_write_of_keys_and_values(
         )
     # Two products may cancel out, but each has the roundings of its factors: with norms, after the
     # norm and after its weight as well.
-    bounds = [sizes_of_products(x, cos.double(), sin.double()) * 2**-7 + 1e-6 for x in (q, k)]
+    bounds = [sizes_of_products(x, cos.double(), sin.double()) * 2**-6 + 1e-6 for x in (q, k)]
     q, k = (rotate(x, cos.double(), sin.double()) for x in (q, k))
 
     pool = randn(2, 101, 16, num_kv_heads, head_dim)
