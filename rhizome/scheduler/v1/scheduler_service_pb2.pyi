@@ -833,10 +833,15 @@ class WatchWorkersResponse(_message.Message):
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
     UNCHANGED_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
     table_version: _builtins.int
     """Grows with every change of the table."""
     unchanged: _builtins.bool
     """True when nothing changed since the last message; pools are left out then."""
+    leader_term: _builtins.int
+    """Of several schedulers the one with the highest term is to be preferred. 0
+    when this one does not lead. All of them place whoever asks.
+    """
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
     def __init__(
@@ -845,10 +850,11 @@ class WatchWorkersResponse(_message.Message):
         table_version: _builtins.int = ...,
         unchanged: _builtins.bool = ...,
         pools: _abc.Iterable[Global___Pool] | None = ...,
+        leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader_term", b"leader_term", "pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

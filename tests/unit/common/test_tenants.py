@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from services.scheduler.tenants import TenantSet, read_tenants
+from services.common.tenants import TenantSet, read_tenants
 
 
 def _write(path: Path, text: str) -> Path:
