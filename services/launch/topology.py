@@ -48,6 +48,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
             *("--host", config.host, "--port", str(config.port), "--grpc-listen", gateway_grpc),
             *("--tokenizers", sockets["tokenizer"], "--schedulers", sockets["scheduler"]),
             *("--shutdown-grace-s", str(_DRAIN_S)),
+            *(() if config.tenants is None else ("--tenants", str(config.tenants))),
             grace_s=_DRAIN_S + 3.0,
         )
     ]
