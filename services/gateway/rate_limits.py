@@ -51,6 +51,15 @@ class _Count:
     def total(self) -> int:
         return self.mine + self.others
 
+    def learn(self, part: int, total: int) -> None:
+        """The store was told `part` more and has `total` now."""
+        self.sent += part
+        if total >= self.sent:
+            self.others = total - self.sent
+        else:
+            # It lost its data: tell it everything again, and go on with what is known of others.
+            self.sent = part
+
 
 class RateLimits:
     """Admits prompts and counts them; never waits.
@@ -115,9 +124,7 @@ class RateLimits:
             count = self._counts.get(key)
             if count is None:
                 continue
-            count.sent += part
-            # Fewer than were sent: the store lost its data.
-            count.others = max(0, int(total) - count.sent)
+            count.learn(part, int(total))
             if count.mine == count.sent:
                 self._touched.pop(key, None)
 
