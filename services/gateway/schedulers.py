@@ -151,7 +151,8 @@ class SchedulerSet:
         self.peers = [SchedulerPeer(address, self._on_change) for address in addresses]
         self._on_table = on_table
         self._clock = clock
-        self._first: SchedulerPeer | None = None
+        # Who comes first now, and its term.
+        self._preferred: tuple[SchedulerPeer | None, int] = (None, 0)
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
@@ -183,11 +184,12 @@ class SchedulerSet:
     def _on_change(self, peer: SchedulerPeer) -> None:
         """Take the table of the first, when it is new or another's turn has come."""
         first = next(iter(self.in_order()), None)
-        if first is not self._first:
-            self._first = first
+        preferred = (first, 0 if first is None else first.leader_term)
+        if preferred != self._preferred:
+            self._preferred = preferred
             logger.info(
                 "event=scheduler_preferred scheduler=%s term=%d",
-                *(("none", 0) if first is None else (first.address, first.leader_term)),
+                *("none" if first is None else first.address, preferred[1]),
             )
         elif peer is not first:
             return
