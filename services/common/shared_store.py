@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,11 @@ class SharedStore:
             self._is_up = True
             logger.info("event=redis_up")
         return list(replies)
+
+    async def check(self) -> None:
+        """Find out whether it answers, for those who watch; where nothing else is to be asked."""
+        with contextlib.suppress(StoreDownError):
+            await self.execute(("PING",))
 
     async def aclose(self) -> None:
         await self._redis.aclose()

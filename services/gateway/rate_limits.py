@@ -23,6 +23,8 @@ from services.gateway.metrics import GatewayMetrics
 _WINDOW_S = 60
 _MAX_COUNTS = 65_536
 _SYNC_INTERVAL_S = 0.1
+# So often nothing is exchanged before the store is asked whether it is there.
+_IDLE_INTERVALS = 10
 # Counts sent in one go; what is over waits for the next.
 _MAX_COMMANDS = 1000
 # A window's counts outlive the minute after it, in which they still matter.
@@ -100,8 +102,13 @@ class RateLimits:
 
     async def share(self, store: SharedStore) -> None:
         """Exchange counts with the other gateways, for ever."""
+        num_idle = 0
         while True:
-            await self.exchange(store)
+            if self._touched:
+                await self.exchange(store)
+            elif num_idle % _IDLE_INTERVALS == 0:
+                await store.check()
+            num_idle = 0 if self._touched else num_idle + 1
             await asyncio.sleep(_SYNC_INTERVAL_S)
 
     async def exchange(self, store: SharedStore) -> None:

@@ -81,13 +81,9 @@ class Leadership:
 
     async def stand(self) -> None:
         """Take or renew the lease, or give it up for want of workers."""
-        if not self._has_ready_worker():
-            self._ready_since = None
+        if not self._may_lead():
             await self.resign()
-            return
-        if self._ready_since is None:
-            self._ready_since = self._clock()
-        if self._clock() - self._ready_since < self._settle_s:
+            await self._store.check()
             return
         try:
             (term,) = await self._store.execute(
@@ -106,6 +102,14 @@ class Leadership:
             await self._store.execute(("EVAL", _RESIGN, 1, _KEY, self._id))
         except StoreDownError:
             logger.debug("event=lease_left_to_expire")
+
+    def _may_lead(self) -> bool:
+        if not self._has_ready_worker():
+            self._ready_since = None
+            return False
+        if self._ready_since is None:
+            self._ready_since = self._clock()
+        return self._clock() - self._ready_since >= self._settle_s
 
     def _set_term(self, term: int) -> None:
         if term == self.term:

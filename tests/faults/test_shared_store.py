@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import httpx
@@ -96,35 +95,26 @@ def test_a_killed_redis_is_not_noticed(
     cluster: Cluster, redis: RedisProcess, undisturbed: list[Streamed], num_streams: int
 ) -> None:
     before = leader(cluster)
-    count_something(cluster)
     until_metric(cluster, UP, 1)
     drill(cluster, undisturbed, num_streams, redis.kill)
-    count_something(cluster)
     until_metric(cluster, UP, 0)
-    # Nobody else could take the lead meanwhile.
+    # Who has a limit is served too, and nobody else could take the lead meanwhile.
+    assert [ask(url, "counted") for url in cluster.urls] == [200, 200]
     assert leader(cluster) == before
     redis.start()
-    count_something(cluster)
     until_metric(cluster, UP, 1)
 
 
 def test_a_stopped_redis_is_not_waited_for(
     cluster: Cluster, redis: RedisProcess, undisturbed: list[Streamed], num_streams: int
 ) -> None:
-    count_something(cluster)
     until_metric(cluster, UP, 1)
     try:
         drill(cluster, undisturbed, num_streams, redis.pause)
-        count_something(cluster)
         until_metric(cluster, UP, 0)
+        assert [ask(url, "counted") for url in cluster.urls] == [200, 200]
     finally:
         redis.resume()
-
-
-def count_something(cluster: Cluster) -> None:
-    """Requests of a tenant that has a limit, so that there is something to share."""
-    for url in cluster.urls:
-        assert ask(url, "counted") == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -210,8 +200,19 @@ def ask(url: str, tenant: str) -> int:
     return reply.status_code
 
 
-def test_without_redis_the_first_scheduler_is_preferred_and_the_next_takes_over(
-    tmp_path: Path, num_streams: int, undisturbed: list[Streamed]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_a_scheduler_requests_are_placed_over_the_last_table(
+    num_streams: int, undisturbed: list[Streamed], number: signal.Signals
+) -> None:
+    with running_cluster(num_schedulers=1, num_gateways=1) as alone:
+        process = alone.process("scheduler-0")
+        disturbed = run_rounds(alone.clients, num_streams, lambda: process.send_signal(number))
+        assert_same(disturbed, undisturbed)
+        assert alone.metric(0, UNPLACED) >= 3 * num_streams
+
+
+def test_without_redis_the_next_scheduler_takes_over(
+    num_streams: int, undisturbed: list[Streamed]
 ) -> None:
     with running_cluster(num_schedulers=2, num_gateways=1) as alone:
         disturbed = run_rounds(alone.clients, num_streams, alone.process("scheduler-0").kill)
