@@ -82,7 +82,7 @@ class WorkerConfig:
 
     chunked_prefill_size: int | None = None
     """Most tokens computed in one step. Default, by the GPU's memory: 2048 below 35 GiB, 4096
-    below 60, 8192 below 160, else 16384; on CPUs 2048.
+    below 160, else 8192; on CPUs 2048.
     """
 
     schedule_policy: Literal["lpm", "fcfs"] = "lpm"
