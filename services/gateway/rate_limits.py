@@ -7,6 +7,7 @@ lies less than 60 s back, as if it had been spread evenly.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -19,6 +20,8 @@ from services.common.errors import OverloadedError
 from services.common.shared_store import Command, SharedStore, StoreDownError
 from services.common.tenants import TenantSet
 from services.gateway.metrics import GatewayMetrics
+
+logger = logging.getLogger(__name__)
 
 _WINDOW_S = 60
 _MAX_COUNTS = 65_536
@@ -104,11 +107,14 @@ class RateLimits:
         """Exchange counts with the other gateways, for ever."""
         num_idle = 0
         while True:
-            if self._touched:
-                await self.exchange(store)
-            elif num_idle % _IDLE_INTERVALS == 0:
-                await store.check()
             num_idle = 0 if self._touched else num_idle + 1
+            try:
+                if self._touched:
+                    await self.exchange(store)
+                elif num_idle % _IDLE_INTERVALS == 1:
+                    await store.check()
+            except Exception:
+                logger.exception("event=exchange_failed")
             await asyncio.sleep(_SYNC_INTERVAL_S)
 
     async def exchange(self, store: SharedStore) -> None:

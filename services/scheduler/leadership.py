@@ -74,7 +74,10 @@ class Leadership:
         """Stand for ever; being cancelled leaves the lease to another."""
         try:
             while True:
-                await self.stand()
+                try:
+                    await self.stand()
+                except Exception:
+                    logger.exception("event=stand_failed")
                 await asyncio.sleep(_RENEW_INTERVAL_S)
         finally:
             await self.resign()

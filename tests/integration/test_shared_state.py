@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from rhizome.scheduler.v1.scheduler_service_pb2 import WatchWorkersRequest, WatchWorkersResponse
+from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from services.common.errors import OverloadedError
+from services.common.rpc import open_channel
 from services.common.shared_store import SharedStore, StoreDownError
 from services.common.tenants import TenantPolicy, TenantSet
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.rate_limits import RateLimits
+from services.scheduler.config import SchedulerConfig
 from services.scheduler.leadership import Leadership
+from services.scheduler.service import running_scheduler
+from tests.fakes.gateway_stack import until
 from tests.fakes.redis_process import RedisProcess, needs_redis, running_redis
+from tests.fakes.scheduler_peers import make_description, registered_worker
 
 pytestmark = needs_redis
 
@@ -136,6 +143,34 @@ async def test_who_has_just_met_its_workers_does_not_lead(store: SharedStore) ->
         while not candidate.term:
             await asyncio.sleep(0.05)
             await candidate.stand()
+
+
+async def test_a_leader_that_ends_leaves_the_lease_to_the_next(store: SharedStore) -> None:
+    first, second = Candidate(store), Candidate(store)
+    standing = asyncio.create_task(first.leadership.run())
+    await until(lambda: first.term)
+    standing.cancel()
+    await asyncio.gather(standing, return_exceptions=True)
+    await second.stand()
+    assert second.term > 0
+
+
+async def test_of_two_schedulers_one_tells_its_watchers_that_it_leads(redis: RedisProcess) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        schedulers, stubs = [], []
+        for _ in range(2):
+            config = SchedulerConfig(listen="localhost:0", redis_url=redis.url)
+            schedulers.append(await stack.enter_async_context(running_scheduler(config)))
+            address = f"localhost:{schedulers[-1].server.port}"
+            await stack.enter_async_context(registered_worker(address, make_description()))
+            channel = await stack.enter_async_context(open_channel(address))
+            stubs.append(SchedulerServiceStub(channel))
+        await until(lambda: sum(each.metrics.value("leads") for each in schedulers) == 1)
+        leads = [each.metrics.value("leads") for each in schedulers]
+        for stub, expected in zip(stubs, leads, strict=True):
+            response = await stub.WatchWorkers(WatchWorkersRequest()).read()
+            assert isinstance(response, WatchWorkersResponse)
+            assert (response.leader_term > 0) == bool(expected)
 
 
 async def test_the_leader_stays_while_redis_is_down_and_a_new_one_is_above_it(
