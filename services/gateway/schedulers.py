@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from grpc import aio
 
 from rhizome.scheduler.v1.scheduler_service_pb2 import (
     Placement,
-    Pool,
     ReportRequestsRequest,
     RequestOutcome,
     ScheduleRequest,
@@ -48,7 +47,7 @@ class SchedulerPeer:
         self.answers_since: float | None = None
         self.leader_term = 0
         # None before its first.
-        self.pools: Sequence[Pool] | None = None
+        self.table: WatchWorkersResponse | None = None
         self._on_change = on_change
         self._channel = open_channel(address)
         self._stub = SchedulerServiceStub(self._channel)
@@ -103,7 +102,7 @@ class SchedulerPeer:
             self.is_silent = False
         self.leader_term = response.leader_term
         if not response.unchanged:
-            self.pools = response.pools
+            self.table = response
         self._on_change(self)
 
     def _note_silent(self) -> None:
@@ -145,7 +144,7 @@ class SchedulerSet:
     def __init__(
         self,
         addresses: Iterable[str],
-        on_table: Callable[[Sequence[Pool]], None],
+        on_table: Callable[[WatchWorkersResponse], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.peers = [SchedulerPeer(address, self._on_change) for address in addresses]
@@ -193,8 +192,8 @@ class SchedulerSet:
             )
         elif peer is not first:
             return
-        if first is not None and first.pools is not None:
-            self._on_table(first.pools)
+        if first is not None and first.table is not None:
+            self._on_table(first.table)
 
 
 def _rank(peer: SchedulerPeer, now: float) -> tuple[bool, int, bool]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from rhizome.common.v1.pool_identity_pb2 import PoolIdentity
@@ -39,8 +37,8 @@ class Watched:
     def _peer(self, address: str) -> SchedulerPeer:
         return next(peer for peer in self.set.peers if peer.address == address)
 
-    def _take(self, pools: Sequence[Pool]) -> None:
-        self.tables += [pool.identity.served_model_name for pool in pools]
+    def _take(self, table: WatchWorkersResponse) -> None:
+        self.tables += [pool.identity.served_model_name for pool in table.pools]
 
 
 async def test_without_a_leader_the_order_is_the_configurations() -> None:

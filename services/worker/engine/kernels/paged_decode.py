@@ -245,7 +245,8 @@ class PagedDecode:
             -(-int(lengths.sum()) // max(self._num_wanted(num_rows), 1)),
             self._tiles(num_rows).keys,
         )
-        num_parts = np.minimum(-(-lengths // keys), _MAX_PARTS.value)
+        # To the nearest number: a row a little longer than a part is not worth a merge.
+        num_parts = np.clip((lengths + keys // 2) // keys, 1, _MAX_PARTS.value)
         firsts = np.cumsum(num_parts) - num_parts
         order = np.argsort(-(lengths // num_parts), kind="stable")
         rows = np.repeat(order, num_parts[order])
