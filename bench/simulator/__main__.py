@@ -2,7 +2,8 @@
 
     python -m bench.simulator [--workloads toolbench,videoqa] [--policies prefix_load,e2]
                               [--workers 4] [--requests 800] [--loads 30,50,70,90,110]
-                              [--seeds 1] [--lose-worker-at SECONDS] [--output DIR]
+                              [--seeds 1] [--lose-worker-at SECONDS] [--schedulers 1]
+                              [--output DIR]
 
 The real placement, index, batching and radix tree over simulated devices and a virtual clock; open
 loop with Poisson arrivals. Loads are percents of what round-robin ends at saturation in the same
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--loads", type=_numbers, default=(30, 50, 70, 90, 110))
     parser.add_argument("--seeds", type=_numbers, default=(1,))
     parser.add_argument("--lose-worker-at", type=float, help="the first one dies and never returns")
+    parser.add_argument("--schedulers", type=int, default=1, help="asked in turn")
     parser.add_argument("--output", type=Path, help="directory for JSON and PNG files")
     args = parser.parse_args()
     for workload in args.workloads:
@@ -55,6 +57,7 @@ def sweep(workload: str, args: argparse.Namespace) -> dict[str, Any]:
             num_requests=args.requests,
             seed=seed,
             losses=losses,
+            num_schedulers=args.schedulers,
         )
         for seed in args.seeds
     ]
