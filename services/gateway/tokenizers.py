@@ -39,6 +39,10 @@ _CHECK_INTERVAL_S = 5.0
 _UNREACHED_INTERVAL_S = 0.25
 _INFO_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 60.0
+# Long prompts take long to encode, a stopped replica for ever: after so long it is asked whether it
+# is still there, which it answers at once.
+_DOUBT_S = 0.5
+_PROBE_TIMEOUT_S = 1.0
 _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 
 
@@ -56,6 +60,18 @@ class TokenizerReplica:
         """Use others until this one has answered again."""
         self.info = None
         self._check_now.set()
+
+    async def answer(self, call: Awaitable[_T]) -> _T:
+        """What it answers, however long that takes while it is there. Raises AioRpcError."""
+        answer = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait((answer,), timeout=_DOUBT_S))[0]:
+                await self.stub.GetTokenizerInfo(
+                    GetTokenizerInfoRequest(), timeout=_PROBE_TIMEOUT_S
+                )
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def follow(self) -> None:
         """Keep `info` current, for ever."""
@@ -178,7 +194,7 @@ class TokenizerPool:
             if replica is None:
                 break
             try:
-                return await call(replica)
+                return await replica.answer(call(replica))
             except aio.AioRpcError as error:
                 if error.code() not in (
                     grpc.StatusCode.UNAVAILABLE,

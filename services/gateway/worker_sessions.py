@@ -43,6 +43,7 @@ from services.common.errors import (
 from services.common.outbox import MAX_MESSAGE_IDS, Outbox
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
 from services.gateway.generation import Choice, ChoiceFinish
+from services.gateway.silence import Silence
 from services.gateway.step_watch import StepWatch
 from services.gateway.text_sessions import TextSession
 from services.gateway.tokenizers import TokenizerPool
@@ -52,8 +53,12 @@ logger = logging.getLogger(__name__)
 # How long a worker keeps the sequences of a broken stream, and how often we try meanwhile.
 _RESUME_WINDOW_S = 2.0
 _RESUME_RETRY_S = 0.05
-# Heartbeats come every 100 ms; silence for this long means a dead connection.
-_SILENCE_S = 2.0
+# Heartbeats come every 100 ms; silence for this long means a dead connection or a stopped worker.
+# It counts as part of the window. Where no other worker could go on there is no hurry.
+_SILENCE_S = 1.0
+_ALONE_SILENCE_S = 3.0
+# Longest time in which a worker answers the first opening of a session.
+_OPEN_S = 2.0
 
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
 
@@ -92,7 +97,7 @@ class WorkerSession:
         self._stub = WorkerServiceStub(self._channel)
         self._call: aio.StreamStreamCall[ConnectRequest, ConnectResponse] | None = None
         self._was_open = False
-        self._last_heard = 0.0
+        self._silence = Silence()
         self._step_watch = StepWatch()
         self._text = TextSession(tokenizers, self._cancel_handle)
         self._task = asyncio.create_task(self._run())
@@ -143,12 +148,13 @@ class WorkerSession:
         self._text.close(choice.handle)
         self._cancel_handle(choice.handle)
 
-    def check(self, now: float) -> None:
-        """Break a stream that has gone silent or whose engine hangs; called now and then."""
-        self._text.check(now)
-        if self._call is None:
+    def check(self) -> None:
+        """Break a stream that has gone silent; called every CHECK_INTERVAL_S."""
+        self._text.check()
+        if self._call is None or not self._was_open:
             return
-        if now - self._last_heard > _SILENCE_S:
+        patience_s = _SILENCE_S if self._has_others(self.worker_id) else _ALONE_SILENCE_S
+        if self._silence.check() > patience_s:
             logger.warning("event=worker_silent worker=%s", self.worker_id)
             self._call.cancel()
 
@@ -164,10 +170,11 @@ class WorkerSession:
 
     async def _run(self) -> None:
         """Keep the stream, resuming it when it breaks, until it cannot be resumed."""
-        broken_at: float | None = None
+        resume_until: float | None = None
         while True:
+            window_s = _RESUME_WINDOW_S
             try:
-                await self._serve(resume=broken_at is not None)
+                await self._serve(resume_until)
             except aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error)
             except RhizomeError as own_error:
@@ -176,6 +183,7 @@ class WorkerSession:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
                 error = UnavailableError("the worker went silent")
+                window_s -= _SILENCE_S
             except Exception:
                 # Nobody else would notice: its sequences go on elsewhere instead of never.
                 logger.exception("event=worker_session_failed worker=%s", self.worker_id)
@@ -184,41 +192,42 @@ class WorkerSession:
             now = time.monotonic()
             if self._was_open:
                 self._was_open = False
-                broken_at = now
+                resume_until = now + window_s
                 logger.warning(
                     "event=worker_session_broken worker=%s choices=%d error=%s",
                     self.worker_id,
                     len(self._choices),
                     error.message,
                 )
-            if broken_at is None or now - broken_at > _RESUME_WINDOW_S:
+            if resume_until is None or now > resume_until:
                 break
             if isinstance(error, PreconditionError):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
-        if broken_at is not None and not self._draining:
+        if resume_until is not None and not self._draining:
             error = SessionBrokenError(error.message)
         self._lose_all(error)
 
-    async def _serve(self, resume: bool) -> None:
-        """One call, from opening to its break, which raises."""
+    async def _serve(self, resume_until: float | None) -> None:
+        """One call, from opening to its break, which raises; None opens the session anew."""
+        resume = resume_until is not None
         call = self._stub.Connect()
         self._call = call
-        self._last_heard = time.monotonic()
         writer: asyncio.Task[None] | None = None
         try:
             await call.write(ConnectRequest(open=self._open_message(resume)))
-            async with asyncio.timeout(_SILENCE_S):
+            opening_s = _OPEN_S if resume_until is None else resume_until - time.monotonic()
+            async with asyncio.timeout(opening_s):
                 first = await call.read()
             if not isinstance(first, ConnectResponse) or first.WhichOneof("message") != "opened":
                 raise SessionBrokenError("the worker ended the session before it opened")
-            self._last_heard = time.monotonic()
+            self._silence.end()
             self._was_open = True
             if resume:
                 self._resumed(first.opened.resumed, first.opened.lost_handles)
             writer = asyncio.create_task(self._outbox.drain(call))
             while isinstance(response := await call.read(), ConnectResponse):
-                self._last_heard = time.monotonic()
+                self._silence.end()
                 kind = response.WhichOneof("message")
                 if kind == "frame":
                     self._on_frame(response.frame)
@@ -257,8 +266,8 @@ class WorkerSession:
             self._lose(handle, UnavailableError("the worker lost the sequence"))
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        now = self._last_heard
         self._draining = heartbeat.draining
+        now = time.monotonic()
         if self._step_watch.is_hung(heartbeat, now, self._has_others(self.worker_id)):
             raise PreconditionError("the worker's engine hangs")
 

@@ -12,6 +12,8 @@ import pytest
 from openai import OpenAI
 
 NUM_TOKENS = 200
+# Longest time that losing any process may cost a stream.
+MAX_PAUSE_S = 3.0
 
 
 @dataclass(slots=True)
@@ -103,3 +105,10 @@ def assert_same(disturbed: list[Streamed], undisturbed: list[Streamed]) -> None:
 
 def longest_gap_s(streams: Sequence[Streamed]) -> float:
     return max(streamed.longest_gap_s for streamed in streams)
+
+
+def assert_pause(disturbed: Sequence[Streamed], undisturbed: Sequence[Streamed]) -> None:
+    """No stream was silent for longer than a fault may take, beyond what it is anyway."""
+    longest, usual = longest_gap_s(disturbed), longest_gap_s(undisturbed)
+    print(f"longest gap {longest:.2f} s, else {usual:.2f} s")
+    assert longest <= MAX_PAUSE_S + usual
