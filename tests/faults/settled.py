@@ -1,4 +1,4 @@
-"""What a drill leaves behind: nothing, once its streams are over."""
+"""What workers run and hold: something during a drill, nothing once its streams are over."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def worker_info(cluster: Cluster, number: int) -> pb.GetWorkerInfoResponse:
             pb.GetWorkerInfoRequest(), timeout=_PATIENCE_S, wait_for_ready=True
         )
         return response
+
+
+def busiest_worker(cluster: Cluster, num_workers: int = 2) -> int:
+    """The number of the worker that runs most: a fault of an idle one shows nothing."""
+    loads = [worker_info(cluster, number).load for number in range(num_workers)]
+    return max(range(num_workers), key=lambda number: loads[number].num_handles)
 
 
 def assert_nothing_is_left(cluster: Cluster, num_workers: int = 2) -> None:

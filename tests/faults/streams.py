@@ -112,3 +112,8 @@ def assert_pause(disturbed: Sequence[Streamed], undisturbed: Sequence[Streamed])
     longest, usual = longest_gap_s(disturbed), longest_gap_s(undisturbed)
     print(f"longest gap {longest:.2f} s, else {usual:.2f} s")
     assert longest <= MAX_PAUSE_S + usual
+
+
+def without_rounds(streams: Sequence[Streamed], *, rounds: int = 4) -> list[Streamed]:
+    """Of what `run_rounds` gave, what `run_streams` would have given."""
+    return list(streams[:: rounds + 1])
