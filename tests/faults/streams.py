@@ -79,17 +79,26 @@ def run_streams(
 
 
 def run_rounds(
-    clients: Sequence[OpenAI], number: int, fault: Callable[[], object], *, rounds: int = 4
+    clients: Sequence[OpenAI],
+    number: int,
+    fault: Callable[[], object],
+    mend: Callable[[], object] | None = None,
+    *,
+    rounds: int = 4,
 ) -> list[Streamed]:
     """As `run_streams`, and each client goes on with `rounds` short ones: requests that are
-    placed during and after the fault."""
+    placed during and after the fault. `mend` happens once, when all have done half of them."""
     under_way = Barrier(number, action=fault)
+    half_way = Barrier(number, action=mend)
 
     def run(index: int) -> list[Streamed]:
         client = clients[index % len(clients)]
-        first = stream(client, index, lambda: under_way.wait(60))
-        later = [stream(client, index + number * r, num_tokens=20) for r in range(1, rounds + 1)]
-        return [first, *later]
+        streams = [stream(client, index, lambda: under_way.wait(60))]
+        for turn in range(1, rounds + 1):
+            if mend is not None and turn == rounds // 2 + 1:
+                half_way.wait(60)
+            streams.append(stream(client, index + number * turn, num_tokens=20))
+        return streams
 
     with ThreadPoolExecutor(number) as pool:
         return [streamed for streams in pool.map(run, range(number)) for streamed in streams]
