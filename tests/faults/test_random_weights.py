@@ -26,8 +26,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 MIGRATIONS = "rhizome_gateway_migrations_total"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
+NUM_TOKENS = 400
 # Requests that are told apart while workers restart, and how many clients send them.
-NUM_DISTINCT = 32
+NUM_DISTINCT = 16
 NUM_CLIENTS = 8
 
 
@@ -116,7 +117,7 @@ def assert_equal(one: Sampled, other: Sampled, num_tokens: int) -> None:
 
 
 def run_all(
-    cluster: Cluster, number: int, num_tokens: int, fault: Callable[[], object] = lambda: None
+    cluster: Cluster, number: int, fault: Callable[[], object] = lambda: None
 ) -> Sequence[Sampled]:
     """All requests side by side; the fault happens when all are under way."""
     under_way = threading.Barrier(number, action=fault)
@@ -124,20 +125,26 @@ def run_all(
         return list(
             pool.map(
                 lambda index: sample(
-                    cluster.clients[0], index, num_tokens, lambda: under_way.wait(60)
+                    cluster.clients[0], index, NUM_TOKENS, lambda: under_way.wait(60)
                 ),
                 range(number),
             )
         )
 
 
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, fault_scale: float) -> Sequence[Sampled]:
+    number = max(4, round(32 * fault_scale))
+    sampled = run_all(cluster, number)
+    # A model that says the same to everybody would show nothing.
+    assert len({text for one in sampled for text in one.texts.values()}) == 2 * number
+    return sampled
+
+
 @pytest.mark.parametrize("part", ["worker", "engine"])
 def test_text_drawn_at_temperature_1_moves_unchanged(
-    cluster: Cluster, fault_scale: float, part: str
+    cluster: Cluster, undisturbed: Sequence[Sampled], part: str
 ) -> None:
-    number, num_tokens = max(4, round(32 * fault_scale)), 400
-    undisturbed = run_all(cluster, number, num_tokens)
-    assert len({text for sampled in undisturbed for text in sampled.texts.values()}) == 2 * number
     before = cluster.metric(0, MIGRATIONS)
     lost: list[str] = []
 
@@ -146,9 +153,9 @@ def test_text_drawn_at_temperature_1_moves_unchanged(
         front = cluster.process(lost[0])
         (front if part == "worker" else engine_process(front)).kill()
 
-    disturbed = run_all(cluster, number, num_tokens, kill)
+    disturbed = run_all(cluster, len(undisturbed), kill)
     for one, other in zip(disturbed, undisturbed, strict=True):
-        assert_equal(one, other, num_tokens)
+        assert_equal(one, other, NUM_TOKENS)
     assert cluster.metric(0, MIGRATIONS) > before
     cluster.processes[lost[0]].wait(30)
     cluster.start(lost[0])
@@ -158,7 +165,7 @@ def test_text_drawn_at_temperature_1_moves_unchanged(
 
 def num_tokens_of(index: int) -> int:
     """Every fourth is too long for a drain."""
-    return 400 if index % 4 == 0 else 20
+    return NUM_TOKENS if index % 4 == 0 else 20
 
 
 def test_a_rolling_restart_of_every_worker_fails_no_request(
