@@ -302,7 +302,7 @@ class Placer:
             ]
             if not candidates:
                 return _Attempt.HELD
-        cached = self._cached_tokens(ticket, workers, now)
+        cached, shared = self._cached_tokens(ticket, workers, now)
         query = Query(
             request,
             cached,
@@ -310,11 +310,11 @@ class Placer:
             self._sessions.find(request.session),
             now,
             now - ticket.opened_at,
+            shared,
         )
         chosen = self._policy.choose(query, candidates)
         if self._policy.waits and not has_room(request, chosen):
-            cached_there = cached.get(chosen.worker_id, 0)
-            hold = Hold(chosen.worker_id, _charge(request, chosen, cached_there), now)
+            hold = Hold(chosen.worker_id, _charge_of(query, chosen), now)
             self._holds.set(ticket, hold)
             ahead.add(hold)
             return _Attempt.HELD
@@ -334,12 +334,13 @@ class Placer:
 
     def _cached_tokens(
         self, ticket: Ticket, workers: Sequence[WorkerView], now: float
-    ) -> dict[str, int]:
-        """The longer of what the index reported and what was placed there lately."""
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The longer of what the index reported and what was placed there lately; the latter."""
         hashes = ticket.request.prefix_hashes
         if not hashes or not workers:
-            return {}
-        pages = self._overlay.match(hashes, now)
+            return {}, {}
+        placed = self._overlay.match(hashes, now)
+        pages = dict(placed)
         for match in ticket.matches:
             view = self._table.get(match.worker_id)
             if view is not None and view.worker.epoch == match.epoch and match.num_pages:
@@ -347,7 +348,11 @@ class Placer:
         page_size = workers[0].worker.page_size
         # A match leaves at least one token to compute.
         most = max(0, ticket.request.num_prompt_tokens - 1)
-        return {worker_id: min(count * page_size, most) for worker_id, count in pages.items()}
+
+        def tokens(of: dict[str, int]) -> dict[str, int]:
+            return {worker_id: min(count * page_size, most) for worker_id, count in of.items()}
+
+        return tokens(pages), tokens(placed)
 
     def _place(self, ticket: Ticket, query: Query, chosen: WorkerView, now: float) -> None:
         request = ticket.request
@@ -358,7 +363,7 @@ class Placer:
         reservation = self._reservations.open(
             request.key,
             chosen.worker,
-            _charge(request, chosen, cached),
+            _charge_of(query, chosen),
             now,
             predicted_cached_tokens=cached,
             policy=branch,
@@ -414,12 +419,22 @@ class Placer:
             del self._tickets[ticket.request.key]
 
 
-def _charge(request: PlacementRequest, chosen: WorkerView, cached: int) -> Charge:
+def _charge_of(query: Query, chosen: WorkerView) -> Charge:
+    worker_id = chosen.worker_id
+    return _charge(
+        query.request,
+        chosen,
+        query.cached_tokens.get(worker_id, 0),
+        query.shared_tokens.get(worker_id, 0),
+    )
+
+
+def _charge(request: PlacementRequest, chosen: WorkerView, cached: int, shared: int = 0) -> Charge:
     num_tokens = request.num_prompt_tokens
     num_uncached = num_tokens - cached
     return Charge(
         num_sequences=request.num_choices,
         num_pages=-(-num_uncached // chosen.worker.page_size),
-        num_context_tokens=num_tokens * request.num_choices,
+        num_context_tokens=(num_tokens - shared) * request.num_choices,
         prefill_ns=int(chosen.cost_model.prefill_work_ns(num_uncached, num_tokens)),
     )
