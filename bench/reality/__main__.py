@@ -7,9 +7,10 @@
 
 `fit` runs a trace without any sharing through 4 real workers and fits the simulator's step times to
 their steps. `run` sends other traces, at percents of the capacity that the simulator then has with
-round-robin, under each policy. `compare` simulates the same arrivals and prints both beside each
-other. Steps are drawn out (`bench/reality/slowed.py`) so that 2 cores carry 4 workers. DIR gets
-fit.json, runs.json, comparison.json, comparison.png and the logs.
+round-robin, under each policy; its rows replace those of the same policy, workload and load. A run
+in which the machine was too busy for the steps is repeated once. `compare` simulates the same
+arrivals and prints both beside each other. Steps are drawn out (`bench/reality/slowed.py`) so that
+2 cores carry 4 workers. DIR gets fit.json, runs.json, comparison.json, comparison.png and the logs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import asyncio
 import json
 import shlex
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ _FIT_WORKLOAD = "small_random"
 _FIT_SEED = 101
 _NUM_PROBES = 25
 _PROBE_LEN = 40
+# A run is repeated when its steps were late by more than this share of their time.
+_MOST_LATE = 0.01
+_MAX_TRIES = 2
 
 
 def main() -> None:
@@ -106,40 +111,62 @@ async def _run(args: argparse.Namespace) -> None:
         for name in args.workloads
     }
     path = args.directory / "runs.json"
-    runs: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     for policy in args.policies:
-        log = args.directory / f"log-{policy}"
+        log = args.directory / f"log-{policy}-{time.time_ns()}"
         slowing = Slowing(floor_ms=setup.floor_ms, token_ms=setup.token_ms, log=log)
         async with running_system(slowing, args.port, *Setup.flags(policy)) as url:
             client = Client(url)
             for name in args.workloads:
-                workload = make_workload(name, args.requests, args.seed)
                 for load in map(int, args.loads):
-                    rate = rates[name] * load / 100
-                    await client.flush_cache()
-                    served = await client.replay(
-                        workload, workload.arrivals_ns(rate, args.seed + 2)
+                    trace = Trace(
+                        workload=name,
+                        num_requests=args.requests,
+                        seed=args.seed,
+                        load_percent=load,
+                        rate=rates[name] * load / 100,
                     )
-                    summed_up = figures(served, Setup.num_workers).as_dict()
-                    run = {
-                        "policy": policy,
-                        "workload": name,
-                        "load_percent": load,
-                        "rate": rate,
-                        "num_requests": args.requests,
-                        "seed": args.seed,
-                        **{key: summed_up[key] for key in ("mean_s", "p50_s", "p99_s", "hit_rate")},
-                        "served": [asdict(request) for request in served],
-                    }
-                    runs.append(run)
+                    run = {"policy": policy, **await _undisturbed(client, trace, slowing)}
+                    runs = [other for other in runs if not _same_row(other, run)] + [run]
+                    _write(path, {**_provenance(), "runs": runs})
                     print(f"{name} {load}% {policy}: {_short(run)}", flush=True)
             await client.close()
-        late = _late(slowing)
-        print(f"{policy}: {late:.1%} of steps were late", flush=True)
-        for run in runs:
-            if run["policy"] == policy:
-                run["late"] = late
-        _write(path, {**_provenance(), "runs": runs})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """What one run sends."""
+
+    workload: str
+    num_requests: int
+    seed: int
+    load_percent: int
+    rate: float
+
+
+async def _undisturbed(client: Client, trace: Trace, slowing: Slowing) -> dict[str, Any]:
+    """One run; repeated while the machine was too busy, of which the least disturbed counts."""
+    runs: list[dict[str, Any]] = []
+    while len(runs) < _MAX_TRIES and all(run["late"] > _MOST_LATE for run in runs):
+        workload = make_workload(trace.workload, trace.num_requests, trace.seed)
+        await client.flush_cache()
+        began_ns = time.monotonic_ns()
+        served = await client.replay(workload, workload.arrivals_ns(trace.rate, trace.seed + 2))
+        summed_up = figures(served, Setup.num_workers).as_dict()
+        runs.append(
+            {
+                **asdict(trace),
+                **{key: summed_up[key] for key in ("mean_s", "p50_s", "p99_s", "hit_rate")},
+                "late": _late(slowing, began_ns),
+                "num_tries": len(runs) + 1,
+                "latencies_s": [round(request.latency_s, 4) for request in served],
+            }
+        )
+    return min(runs, key=lambda run: float(run["late"]))
+
+
+def _same_row(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("policy", "workload", "load_percent"))
 
 
 def _compare(directory: Path) -> None:
@@ -154,17 +181,21 @@ def _steps(slowing: Slowing) -> list[Step]:
     return read_steps(sorted(slowing.log.glob("steps-*.txt")))
 
 
-def _late(slowing: Slowing) -> float:
-    """The share of steps that were not computed in the time that they were to last."""
-    late = [
-        step.computed_ns - step.began_ns > slowing.least_ns(step.num_decodes + step.num_prefilled)
-        for step in _steps(slowing)
-    ]
-    return round(sum(late) / len(late), 4)
+def _late(slowing: Slowing, since_ns: int = 0) -> float:
+    """The share of steps' time by which they were computed later than they were to end."""
+    steps = [step for step in _steps(slowing) if step.began_ns >= since_ns]
+    late_ns = 0.0
+    for step in steps:
+        least_ns = slowing.least_ns(step.num_decodes + step.num_prefilled)
+        late_ns += max(0.0, step.computed_ns - step.began_ns - least_ns)
+    return round(late_ns / sum(step.ended_ns - step.began_ns for step in steps), 4)
 
 
 def _short(run: dict[str, Any]) -> str:
-    return f"mean {run['mean_s']:.3f} s, p99 {run['p99_s']:.3f} s, hits {run['hit_rate']:.3f}"
+    return (
+        f"mean {run['mean_s']:.3f} s, p99 {run['p99_s']:.3f} s, hits {run['hit_rate']:.3f}, "
+        f"late {run['late']:.2%}"
+    )
 
 
 def _provenance() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.reality.slowed import NUM_ARGUMENTS, Slowing
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import run, stop_event
+from services.common.process import die_with_parent, run, stop_event
 from services.launch.config import ServeConfig
 from services.launch.supervisor import Supervisor, private_directory
 from services.launch.topology import ServiceSpec, build_topology
@@ -67,6 +67,7 @@ def main() -> None:
     own, flags = sys.argv[1 : 1 + NUM_ARGUMENTS], sys.argv[1 + NUM_ARGUMENTS :]
     config = parse_config(ServeConfig, "serve", flags)
     configure_logging("launch", config.log_level)
+    die_with_parent(os.getppid())
     run(_serve(config, Slowing.parse(own)))
 
 

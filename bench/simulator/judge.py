@@ -2,10 +2,10 @@
 
     python -m bench.simulator.judge DIR [--policy prefix_load] [--limit 1.03]
 
-DIR holds the JSON files of `python -m bench.simulator --output DIR`. For each workload and load, and
-for the mean and the p99 latency: the policy's mean over the seeds divided by that of the best other
-policy, the same ratio with each seed (least to greatest), and how many settings are beyond the
-limit. Variants of the same policy (`prefix_load:stall_weight=1`) are not among the others.
+DIR holds the JSON files of `python -m bench.simulator --output DIR`. For each workload and load,
+and for the mean and the p99 latency: the policy's mean over the seeds divided by that of the best
+other policy, the same ratio with each seed (least to greatest), and how many settings are beyond
+the limit. Variants of the same policy (`prefix_load:stall_weight=1`) are not among the others.
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ POLICIES = get_args(PolicyName)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A policy, and weights other than its own; `label` names both: `prefix_load:stall_weight=1`."""
+    """A policy, and weights other than its own; `label` names both.
+
+    As in `prefix_load:stall_weight=1+prefix_weight=2`.
+    """
 
     label: str
     policy: PolicyName
@@ -43,9 +46,9 @@ class Plan:
     """What to run of one workload."""
 
     workload: str
-    cases: Sequence[Case]
-    loads: Sequence[int]
-    seeds: Sequence[int]
+    cases: tuple[Case, ...]
+    loads: tuple[int, ...]
+    seeds: tuple[int, ...]
     num_workers: int
     num_requests: int
     # When the first worker dies, as a share of the time in which requests arrive.
