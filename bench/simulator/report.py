@@ -46,7 +46,8 @@ def figures(result: dict[str, Any]) -> str:
     policies = list(dict.fromkeys(run["policy"] for run in result["runs"]))
     hit_load = 70 if 70 in loads else loads[0]
     lines = [
-        f"{result['workload']}: {result['num_workers']} workers, {result['num_requests']} requests, "
+        f"{result['workload']}: {result['num_workers']} workers, "
+        f"{result['num_requests']} requests, "
         f"100 % = {result['round_robin_capacity']:.1f} requests/s",
         "",
         "| policy | " + " | ".join(f"{load} %" for load in loads) + " | hit rate |",
