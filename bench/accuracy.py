@@ -24,7 +24,7 @@ from services.common.model_files import builtin_model_path
 from services.worker.engine.attention.backend import AttentionInputs
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.distributed.group import SoloGroup
-from services.worker.engine.kv.pool import PagePool
+from services.worker.engine.kv.pool import PagePool, StepPlaces
 from services.worker.engine.layers.fp8 import quantize_rows
 from services.worker.engine.models.registry import load_model_config
 from services.worker.engine.options import EngineOptions
@@ -89,7 +89,7 @@ class Reader:
         self._model = load_model(
             options, config, device=device, group=SoloGroup(), on_progress=lambda _: None
         )
-        pool = PagePool(
+        self._pool = PagePool(
             num_layers=config.num_layers,
             num_pages=self._num_pages,
             page_size=_PAGE_SIZE,
@@ -98,7 +98,7 @@ class Reader:
             dtype=getattr(torch, decide_kv_cache_dtype(options, dtype)),
             device=device,
         )
-        self._attention = TorchAttention(pool, getattr(torch, dtype))
+        self._attention = TorchAttention(self._pool, getattr(torch, dtype))
 
     @torch.inference_mode()
     def logits(self, case: Case) -> torch.Tensor:
@@ -113,11 +113,11 @@ class Reader:
                 start_positions=np.zeros(1, np.int32),
                 host_page_table=pages,
                 page_table=torch.from_numpy(pages),
-                locations=positions,
             )
         )
-        hidden = self._model.forward(torch.tensor(case.token_ids), positions, self._attention)
-        return self._model.logits(hidden[case.start - 1 : length - 1])
+        token_ids, places = torch.tensor(case.token_ids), StepPlaces(self._pool, positions)
+        hidden = self._model.forward(token_ids, positions, places, self._attention)
+        return self._model.logits(hidden[case.start - 1 : length - 1]).float()
 
 
 def read_cases(model_path: Path) -> list[Case]:

@@ -1,8 +1,8 @@
 """Attention backends beside each other on one GPU, over pages at random places.
 
 `python -m bench.attention_gpu` prints one JSON object: for each case and backend, microseconds a
-layer, the write of keys and values included, and GB/s of keys and values (decode) or TFLOP/s
-(prefill). Layers follow each other in a CUDA graph, as many as exceed the L2 cache.
+layer and GB/s of keys and values (decode) or TFLOP/s (prefill). Layers follow each other in a CUDA
+graph, as many as exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -82,19 +82,15 @@ class Layers:
         table = random.permutation(case.num_rows * max_pages).astype(np.int32)
         table = table.reshape(case.num_rows, max_pages)
         start = case.length - case.num_tokens
-        where = np.arange(start, case.length)
-        pages = table[:, where // arguments.page_size].astype(np.int64)
-        locations = pages * arguments.page_size + where % arguments.page_size
         self.inputs = AttentionInputs(
             slots=np.arange(case.num_rows, dtype=np.int32),
             num_tokens=np.full(case.num_rows, case.num_tokens, np.int32),
             start_positions=np.full(case.num_rows, start, np.int32),
             host_page_table=table,
             page_table=torch.from_numpy(table).to(device),
-            locations=torch.from_numpy(locations.ravel()).to(device),
         )
-        packed = torch.randn(locations.size, heads + 2 * kv_heads, size, device=device)
-        self.qkv = packed.to(torch.bfloat16).split([heads, kv_heads, kv_heads], dim=1)
+        num_tokens = case.num_rows * case.num_tokens
+        self.q = torch.randn(num_tokens, heads, size, dtype=torch.bfloat16, device=device)
         self.specs = [
             AttentionLayer(index=index, scale=size**-0.5) for index in range(self.num_layers)
         ]
@@ -112,11 +108,8 @@ class Layers:
         return FlashInferAttention(
             self.pool,
             num_heads=heads,
-            max_captured_rows=rows,
-            max_pages=self.inputs.host_page_table.shape[1],
             others=ours,
             has_other_layers=False,
-            few_rows=0,
         )
 
     def microseconds(self, name: str) -> float:
@@ -127,11 +120,11 @@ class Layers:
         else:
             backend.plan(self.inputs)
         for spec in self.specs[:2]:
-            backend.run(*self.qkv, spec)
+            backend.run(self.q, spec)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for spec in self.specs:
-                backend.run(*self.qkv, spec)
+                backend.run(self.q, spec)
         times = []
         for _ in range(self.arguments.repeats + 2):
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -38,7 +38,8 @@ from rhizome.worker.v1.worker_service_pb2_grpc import (
     WorkerServiceServicer,
     add_WorkerServiceServicer_to_server,
 )
-from services.cache_index.index import GPU, PrefixIndex
+from services.cache_index.holders import GPU
+from services.cache_index.index import PrefixIndex
 from services.common.process import run
 from services.common.rpc import open_channel, running_server
 

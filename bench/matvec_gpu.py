@@ -31,18 +31,18 @@ Launch = Callable[[int], object]
 
 
 class Product:
-    """One linear layer of the model: copies of its weights, and inputs for up to 32 tokens."""
+    """One linear layer of the model: copies of its weights, and inputs for up to 256 tokens."""
 
     def __init__(self, name: str, num_rows: int, size: int, copies: int) -> None:
         self.name, self.copies = name, copies
         self.num_bytes = num_rows * size * 2
         self._weights = [_randn(num_rows, size) * 0.02 for _ in range(copies)]
         self._gains = torch.ones(size, dtype=torch.bfloat16, device="cuda")
-        self._x, self._residual = _randn(32, size), _randn(32, num_rows)
+        self._x, self._residual = _randn(256, size), _randn(256, num_rows)
 
     def taken(self, num_tokens: int) -> bool:
         """Whether the engine computes it by our kernels."""
-        return takes(self._x[:num_tokens], self._weights[0])
+        return takes(self._x[:num_tokens], self._weights[0], gated=self.name == "gate_up")
 
     def cublas(self, num_tokens: int) -> Launch:
         x = self._x[:num_tokens]

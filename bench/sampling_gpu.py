@@ -1,10 +1,11 @@
 """Host and GPU time of sampling one step on one GPU, by parameters and rows.
 
-`python -m bench.sampling_gpu [--sampler device|torch]` prints one JSON object. Host time is that of
-`sample()` while the device is idle. GPU time is taken over steps that were all issued while the
-device was kept busy, so that it never waits for the host (with `torch`, which waits for the
-device, it is the time of a step in all). Logits are random: `flat` ones spread like those of
-random weights, `peaked` ones with a head as a trained model's.
+`python -m bench.sampling_gpu [--sampler device|torch] [--dtype bfloat16]` prints one JSON object;
+the dtype is that of the logits. Host time is that of `sample()` while the device is idle. GPU time
+is taken over steps that were all issued while the device was kept busy, so that it never waits for
+the host (with `torch`, which waits for the device, it is the time of a step in all). Logits are
+random: `flat` ones spread like those of random weights, `peaked` ones with a head as a trained
+model's.
 
 Shapes: R rows, V vocabulary.
 """
@@ -87,6 +88,7 @@ def main() -> None:
     """Measure every kind and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sampler", choices=("device", "torch"), default="device")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--steps", type=int, default=20)
@@ -98,6 +100,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for rows in arguments.rows:
             logits = make_logits(rows, arguments.vocab_size, shape)
+            logits = logits.to(getattr(torch, arguments.dtype))
             for name in arguments.kinds:
                 params, spec = KINDS[name]
                 sampler = kind_of(

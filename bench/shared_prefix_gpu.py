@@ -80,7 +80,6 @@ class AttentionBatch:
             start_positions=self.positions,
             host_page_table=self.table,
             page_table=torch.empty(0),
-            locations=torch.empty(0),
         )
 
     def layer_times(self, call: Any) -> dict[str, float]:

@@ -13,7 +13,8 @@ from bench.simulator.clock import VirtualClock
 from bench.simulator.records import Delays, Loss, Served, reported_load
 from bench.simulator.worker import SAMPLED_ID, VOCAB_SIZE, Report, SimulatedWorker, WorkerShape
 from bench.simulator.workloads import Conversation, Turn, Workload
-from services.cache_index.index import GPU, Holder, PrefixIndex
+from services.cache_index.holders import GPU, Holder
+from services.cache_index.index import PrefixIndex
 from services.common.policies import PolicyName
 from services.common.prefix_hash import prefix_hashes
 from services.scheduler.accounting import Outcome

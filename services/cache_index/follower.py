@@ -14,7 +14,8 @@ from rhizome.cache_index.v1 import cache_index_service_pb2 as index_pb
 from rhizome.common.v1 import cache_tier_pb2
 from rhizome.worker.v1 import worker_service_pb2 as worker_pb
 from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
-from services.cache_index.index import GPU, HOST, REMOTE, Holder, PrefixIndex
+from services.cache_index.holders import GPU, HOST, REMOTE, Holder
+from services.cache_index.index import PrefixIndex
 from services.common.rpc import open_channel
 
 logger = logging.getLogger(__name__)

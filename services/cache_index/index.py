@@ -8,25 +8,25 @@ grows; a shard's growth takes less than one.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from services.cache_index.holders import (
+    FIRST_SLOT_BIT,
+    GPU,
+    NUM_TIERS,
+    THIS_AND_NEARER,
+    Holder,
+    HolderTable,
+)
 from services.common.prefix_hash import ROOT_HASH
-
-# Tiers of a page, nearest first.
-GPU, HOST, REMOTE = range(3)
-NUM_TIERS = 3
-# A page in this tier or a nearer one: what a tier's leading pages are counted over.
-_THIS_AND_NEARER = (0b001, 0b011, 0b111)
 
 # A page's value: how many pages of the map are its children (bits 0-28), whether it was stored
 # again since the sweep last passed (bit 29), then three bits a slot, one a tier.
 _NUM_CHILDREN = (1 << 29) - 1
 _STORED_AGAIN = 1 << 29
-_FIRST_SLOT_BIT = 30
-_HELD = 1 << _FIRST_SLOT_BIT
+_HELD = 1 << FIRST_SLOT_BIT
 MAX_PREFIXES = _NUM_CHILDREN
 
 _NUM_SHARDS = 256
@@ -39,28 +39,8 @@ _PATIENCE_PAGES = 8192
 _EXACT_DROPS = 4
 # Other ends it finds up to this part of the chain: what it says of them may be short by so much.
 _MAX_SPANS = 16
-# Sets of holders whose names are remembered.
-_MAX_NAMES = 4096
-
 # Two pages of a chain, the holders' bits at the first, and those of them left at the second.
 _Span = tuple[int, int, int, int]
-
-
-class Holder:
-    """One worker's holding in the index, from one subscription's snapshot on.
-
-    Owns slot `slot` of every mask until it is retired and scrubbed.
-    """
-
-    __slots__ = ("worker_id", "epoch", "slot", "gpu_bit", "num_pages")
-
-    def __init__(self, worker_id: str, epoch: int, slot: int) -> None:
-        self.worker_id = worker_id
-        self.epoch = epoch
-        self.slot = slot
-        self.gpu_bit = 1 << (_FIRST_SLOT_BIT + NUM_TIERS * slot)
-        # By tier.
-        self.num_pages = [0] * NUM_TIERS
 
 
 class PrefixMatch(NamedTuple):
@@ -74,13 +54,6 @@ class PrefixMatch(NamedTuple):
     gpu_pages: Sequence[int]
     host_pages: Sequence[int]
     remote_pages: Sequence[int]
-
-
-class _Names(NamedTuple):
-    """What a match says of one set of holders."""
-
-    worker_ids: tuple[str, ...]
-    epochs: tuple[int, ...]
 
 
 class PrefixIndex:
@@ -105,13 +78,7 @@ class PrefixIndex:
         # Page -> parent page, oldest first: each shard's order is the sweep's.
         self._parents: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]
         self._sweep_shard = 0
-        self._by_slot: list[Holder | None] = []
-        self._free_slots: list[int] = []
-        self._visible: list[Holder] = []
-        # Bits of visible holders, of every tier and of the GPU's alone.
-        self._visible_bits = 0
-        self._visible_gpu = 0
-        self._names: dict[int, _Names] = {}
+        self._holders = HolderTable()
         self._has_lower_tiers = False
         self._retired: list[Holder] = []
         self._scrubbing: list[Holder] = []
@@ -119,25 +86,18 @@ class PrefixIndex:
 
     def add_holder(self, worker_id: str, epoch: int, *, visible: bool = True) -> Holder:
         """A new, empty holder; `match` leaves it out until it is visible."""
-        if self._free_slots:
-            slot = heapq.heappop(self._free_slots)
-        else:
-            slot = len(self._by_slot)
-            self._by_slot.append(None)
-        holder = Holder(worker_id, epoch, slot)
-        self._by_slot[slot] = holder
+        holder = self._holders.add(worker_id, epoch)
         if visible:
-            self.show(holder)
+            self._holders.show(holder)
         return holder
 
     def show(self, holder: Holder) -> None:
         """Let `match` answer with this holder from now on. Idempotent."""
-        if holder not in self._visible:
-            self._set_visible([*self._visible, holder])
+        self._holders.show(holder)
 
     def retire(self, holder: Holder) -> None:
         """Forget a holder: `match` leaves it out at once, `scrub` frees its slot."""
-        self._set_visible([other for other in self._visible if other is not holder])
+        self._holders.hide(holder)
         self._retired.append(holder)
 
     def store(self, holder: Holder, tier: int, parent: int, hashes: Sequence[int]) -> None:
@@ -148,7 +108,7 @@ class PrefixIndex:
         value = 0
         if parent != ROOT_HASH:
             value = shard.get(parent, 0)
-            if not value & holder.gpu_bit * _THIS_AND_NEARER[tier]:
+            if not value & holder.gpu_bit * THIS_AND_NEARER[tier]:
                 self.num_orphans += len(hashes)
                 return
         # Shared, so that a run of pages only one worker has costs two integers, not one a page.
@@ -201,7 +161,7 @@ class PrefixIndex:
         epochs: list[int] = []
         pages: list[int] = []
         for depth, lost in drops:
-            names = self._names.get(lost) or self._name(lost)
+            names = self._holders.names(lost)
             worker_ids += names.worker_ids
             epochs += names.epochs
             pages += [depth] * len(names.epochs)
@@ -213,15 +173,13 @@ class PrefixIndex:
             if not self._retired:
                 return False
             self._scrubbing, self._retired = self._retired, []
-        stale = sum(holder.gpu_bit * _THIS_AND_NEARER[REMOTE] for holder in self._scrubbing)
+        stale = sum(holder.bits for holder in self._scrubbing)
         shard = self._values[self._scrub_shard]
         for page in [page for page, value in shard.items() if value & stale]:
             self._keep_or_erase(page, shard[page] & ~stale)
         self._scrub_shard = (self._scrub_shard + 1) % _NUM_SHARDS
         if self._scrub_shard == 0:
-            for holder in self._scrubbing:
-                self._by_slot[holder.slot] = None
-                heapq.heappush(self._free_slots, holder.slot)
+            self._holders.free(self._scrubbing)
             self._scrubbing = []
         return bool(self._scrubbing or self._retired)
 
@@ -238,14 +196,13 @@ class PrefixIndex:
         for page, value in values.items():
             assert value & _NUM_CHILDREN == num_children[page], "children are counted"
             assert value >= _HELD or num_children[page], "somebody needs each page"
-        owners = [holder for holder in self._by_slot if holder is not None]
-        for holder in set(owners) - {*self._retired, *self._scrubbing}:
+        for holder in set(self._holders) - {*self._retired, *self._scrubbing}:
             for tier in range(NUM_TIERS):
                 held = [page for page, value in values.items() if value & holder.gpu_bit << tier]
                 assert len(held) == holder.num_pages[tier], "a holder's pages are counted"
-        used = sum(holder.gpu_bit * _THIS_AND_NEARER[REMOTE] for holder in owners)
+        used = sum(holder.bits for holder in self._holders)
         for value in values.values():
-            assert not value >> _FIRST_SLOT_BIT << _FIRST_SLOT_BIT & ~used, "no bit is unowned"
+            assert not value >> FIRST_SLOT_BIT << FIRST_SLOT_BIT & ~used, "no bit is unowned"
 
     def _drops(self, chain: Sequence[int]) -> list[tuple[int, int]]:
         """Where holders fall off: (leading pages, bits lost there), deepest first.
@@ -300,52 +257,27 @@ class PrefixIndex:
 
     def _bits(self, page: int) -> int:
         """Bits of visible holders of a page; with lower tiers, each also sets those below it."""
-        bits = self._values[page & _SHARD].get(page, 0) & self._visible_bits
+        bits = self._values[page & _SHARD].get(page, 0) & self._holders.visible_bits
         if self._has_lower_tiers:
-            bits |= (bits & self._visible_gpu) << 1
-            bits |= (bits & self._visible_gpu << 1) << 1
+            visible_gpu = self._holders.visible_gpu
+            bits |= (bits & visible_gpu) << 1
+            bits |= (bits & visible_gpu << 1) << 1
         return bits
 
     def _by_tier(self, drops: list[tuple[int, int]]) -> PrefixMatch:
         """The match where a holder's tiers may end at different depths."""
-        pages_by_slot: dict[int, list[int]] = {}
+        pages: dict[Holder, list[int]] = {}
         for depth, lost in drops:
-            for bit in _ones(lost):
-                slot, tier = divmod(bit - _FIRST_SLOT_BIT, NUM_TIERS)
-                pages_by_slot.setdefault(slot, [0] * NUM_TIERS)[tier] = depth
-        holders = [self._owner(slot) for slot in pages_by_slot]
-        gpu, host, remote = zip(*pages_by_slot.values(), strict=True) if holders else ((), (), ())
+            for holder, tier in self._holders.holdings(lost):
+                pages.setdefault(holder, [0] * NUM_TIERS)[tier] = depth
+        gpu, host, remote = zip(*pages.values(), strict=True) if pages else ((), (), ())
         return PrefixMatch(
-            [holder.worker_id for holder in holders],
-            [holder.epoch for holder in holders],
+            [holder.worker_id for holder in pages],
+            [holder.epoch for holder in pages],
             gpu,
             host,
             remote,
         )
-
-    def _name(self, gpu_bits: int) -> _Names:
-        """The visible holders whose GPU bits these are, remembered until the holders change."""
-        slots = [(bit - _FIRST_SLOT_BIT) // NUM_TIERS for bit in _ones(gpu_bits)]
-        holders = [self._owner(slot) for slot in slots]
-        names = _Names(
-            tuple(holder.worker_id for holder in holders),
-            tuple(holder.epoch for holder in holders),
-        )
-        if len(self._names) >= _MAX_NAMES:
-            self._names.clear()
-        self._names[gpu_bits] = names
-        return names
-
-    def _owner(self, slot: int) -> Holder:
-        holder = self._by_slot[slot]
-        assert holder is not None, "a set bit has an owner"
-        return holder
-
-    def _set_visible(self, holders: list[Holder]) -> None:
-        self._visible = holders
-        self._visible_gpu = sum(holder.gpu_bit for holder in holders)
-        self._visible_bits = self._visible_gpu * _THIS_AND_NEARER[REMOTE]
-        self._names.clear()
 
     def _keep_or_erase(self, page: int, value: int) -> None:
         """Write a page's value after it lost holders, or forget it when it has none left.
@@ -415,14 +347,5 @@ class PrefixIndex:
 
     def _uncount(self, bits: int) -> None:
         """Take one page off the counts of the holders in `bits`."""
-        for bit in _ones(bits):
-            slot, tier = divmod(bit - _FIRST_SLOT_BIT, NUM_TIERS)
-            self._owner(slot).num_pages[tier] -= 1
-
-
-def _ones(bits: int) -> Iterator[int]:
-    """Positions of the bits that are set, highest first."""
-    while bits:
-        position = bits.bit_length() - 1
-        bits ^= 1 << position
-        yield position
+        for holder, tier in self._holders.holdings(bits):
+            holder.num_pages[tier] -= 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -53,20 +51,3 @@ class IndexCollector(Collector):
             lag.add_metric((follower.worker_id,), follower.lag_ns / 1e9)
             resyncs.add_metric((follower.worker_id,), follower.num_resyncs)
         yield from (pages, lag, resyncs)
-
-
-@contextlib.contextmanager
-def metrics_server(port: int | None, collector: Collector) -> Iterator[int | None]:
-    """Serve `/metrics` until the block ends, on the port it yields; nothing without a port."""
-    if port is None:
-        yield None
-        return
-    registry = CollectorRegistry()
-    registry.register(collector)
-    server, thread = start_http_server(port, registry=registry)
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -14,8 +14,9 @@ from rhizome.cache_index.v1.cache_index_service_pb2_grpc import (
 from services.cache_index.config import CacheIndexConfig
 from services.cache_index.discovery import Discovery
 from services.cache_index.index import PrefixIndex
-from services.cache_index.metrics import IndexCollector, metrics_server
+from services.cache_index.metrics import IndexCollector
 from services.cache_index.servicer import CacheIndexServicer
+from services.common.metrics import metrics_server
 from services.common.rpc import running_server
 
 

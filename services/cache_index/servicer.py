@@ -12,7 +12,8 @@ from rhizome.cache_index.v1.cache_index_service_pb2_grpc import CacheIndexServic
 from rhizome.common.v1 import cache_tier_pb2
 from services.cache_index.discovery import Discovery
 from services.cache_index.follower import Follower
-from services.cache_index.index import NUM_TIERS, PrefixIndex
+from services.cache_index.holders import NUM_TIERS
+from services.cache_index.index import PrefixIndex
 
 # By the index's tier.
 _TIERS = (

@@ -81,12 +81,17 @@ def set_environment(values: Mapping[str, str]) -> None:
     os.environ.update(values)
 
 
-def kernel_cache_environment(directory: Path | None) -> dict[str, str]:
-    """Where Triton, FlashInfer and torch's compiler keep kernels; empty for their own places."""
-    if directory is None:
-        return {}
-    root = directory.resolve()
-    return {
+def engine_environment(kernel_cache_dir: Path | None) -> dict[str, str]:
+    """What libraries must find before torch is imported: how products are chosen, unless it is set.
+
+    And where Triton, FlashInfer and torch's compiler keep kernels; None for their own places.
+    """
+    # The same as torch.backends.cuda.preferred_blas_library, which prints a warning.
+    chosen = {"TORCH_BLAS_PREFER_CUBLASLT": os.environ.get("TORCH_BLAS_PREFER_CUBLASLT", "1")}
+    if kernel_cache_dir is None:
+        return chosen
+    root = kernel_cache_dir.resolve()
+    return chosen | {
         "TRITON_CACHE_DIR": str(root / "triton"),
         "FLASHINFER_WORKSPACE_BASE": str(root),
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),

@@ -69,18 +69,26 @@ class ServedModel:
 
 
 class WorkerTable:
-    """The last worker table a scheduler sent; kept when the schedulers are gone or new."""
+    """The last worker table a scheduler sent; kept when the schedulers are gone or new.
+
+    Invariant: a model that was served stays until a scheduler sends a table without it that does
+    not await it either. So one that has just started takes no model away.
+    """
 
     def __init__(self) -> None:
         self._pools: list[Pool] = []
         self._models: dict[str, ServedModel] = {}
+        # Declared models that the scheduler has not seen a worker of.
+        self._awaited: frozenset[str] = frozenset()
 
-    def update(self, pools: Iterable[Pool]) -> None:
-        """Take a scheduler's table. One without a pool says only that nobody registered yet."""
+    def update(self, pools: Iterable[Pool], awaited_models: Iterable[str] = ()) -> None:
+        """Take a scheduler's table. An empty one says only that nobody registered yet."""
         newest = list(pools)
-        if not newest:
+        self._awaited = frozenset(awaited_models)
+        if not newest and not self._awaited:
             return
-        self._pools = newest
+        kept = [p for p in self._pools if p.identity.served_model_name in self._awaited]
+        self._pools = newest + kept
         self._models = {
             pool.identity.served_model_name: ServedModel(
                 pool.identity.served_model_name,
@@ -101,18 +109,25 @@ class WorkerTable:
         return self._pools[0].identity if self._pools else None
 
     def model(self, name: str) -> ServedModel:
-        """The pool that serves `name`; empty and "default" mean the only one."""
-        if not self._models:
-            raise UnavailableError("no model is served yet")
+        """The pool that serves `name`; empty and "default" mean the only one.
+
+        Raises NotFoundError, InvalidRequestError, and UnavailableError while no worker of the
+        model was ever seen.
+        """
         if name in self._models:
             return self._models[name]
+        if name in self._awaited:
+            raise UnavailableError(f"no worker of the model `{name}` has registered yet")
+        if not self._models:
+            raise UnavailableError("no model is served yet")
+        names = [*self._models, *sorted(self._awaited.difference(self._models))]
         if name in ("", "default"):
-            if len(self._models) == 1:
-                return next(iter(self._models.values()))
+            if len(names) == 1:
+                return self._models[names[0]]
             raise InvalidRequestError(
-                f"several models are served; name one of {', '.join(self._models)}", "model"
+                f"several models are served; name one of {', '.join(names)}", "model"
             )
-        raise NotFoundError(f"The model `{name}` does not exist; served: {', '.join(self._models)}")
+        raise NotFoundError(f"The model `{name}` does not exist; served: {', '.join(names)}")
 
     def workers(self, model: str | None = None) -> list[WorkerEntry]:
         return [
@@ -236,7 +251,7 @@ class ControlPlane:
                     if not isinstance(response, WatchWorkersResponse):
                         break
                     if not response.unchanged:
-                        self.table.update(response.pools)
+                        self.table.update(response.pools, response.awaited_models)
             except (aio.AioRpcError, TimeoutError) as error:
                 status = error.code().name if isinstance(error, aio.AioRpcError) else "SILENT"
                 logger.debug(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -64,9 +64,30 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
             raise
         # A parameter that is not supported but null is absent too.
         raw = msgspec.json.decode(body)
-        if not isinstance(raw, dict) or None not in raw.values():
+        if not isinstance(raw, dict):
             raise
-        return decoder.decode(msgspec.json.encode(without_nulls(raw)))
+        return decoder.decode(msgspec.json.encode(_without_absent(raw, decoder.type)))
+
+
+def _without_absent(members: dict[str, Any], structure: Any) -> dict[str, Any]:
+    """`members` without nulls, and so the members of a declared structure.
+
+    Null inside anything else is left alone: there it is a value.
+    """
+    given = without_nulls(members)
+    for field in msgspec.structs.fields(structure):
+        inner, value = _structure_in(field.type), given.get(field.encode_name)
+        if inner is not None and isinstance(value, dict):
+            given[field.encode_name] = _without_absent(value, inner)
+    return given
+
+
+def _structure_in(annotation: Any) -> Any:
+    """The structure that a member holds, perhaps beside None."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, msgspec.Struct):
+            return option
+    return None
 
 
 def _is_too_deep(body: bytes) -> bool:

@@ -28,8 +28,8 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
     TokenSequence,
 )
 from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
-from services.common.errors import UnavailableError, error_from_rpc
-from services.common.rpc import open_channel
+from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
+from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,18 @@ class TokenizerPool:
     async def tokenize(
         self, inputs: Sequence[TokenizeInput], namespace: str, page_size: int
     ) -> Sequence[TokenizedInput]:
-        """Encode and hash. Raises InvalidRequestError for what a template refuses."""
+        """Encode and hash.
+
+        Raises InvalidRequestError for what a template refuses, and for prompts that are too long
+        for a message.
+        """
         request = TokenizeRequest(inputs=inputs, namespace=namespace, page_size=page_size)
+        num_bytes = request.ByteSize()
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise InvalidRequestError(
+                f"the prompt is too long: the request has {num_bytes} bytes of text, more than "
+                f"{MAX_MESSAGE_BYTES}"
+            )
         response = await self._on_any(
             lambda replica: replica.stub.Tokenize(request, timeout=_CALL_TIMEOUT_S)
         )

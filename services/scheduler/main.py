@@ -25,14 +25,12 @@ def main() -> None:
 
 
 async def _serve(config: SchedulerConfig) -> None:
-    from prometheus_client import start_http_server
-
+    from services.common.metrics import metrics_server
     from services.scheduler.service import running_scheduler
 
     stop = stop_event()
     async with running_scheduler(config) as scheduler:
-        if config.metrics_port is not None:
-            start_http_server(config.metrics_port, registry=scheduler.metrics.registry)
-        logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
-        await stop.wait()
+        with metrics_server(config.metrics_port, scheduler.metrics.registry):
+            logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
+            await stop.wait()
     logger.info("event=stopped")

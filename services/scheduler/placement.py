@@ -1,4 +1,4 @@
-"""Placement: tickets in, reservations out. Owns the backlogs and ties all the tables together."""
+"""Placement: tickets in, reservations out. Ties all the tables together."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from services.common.errors import (
 )
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
+from services.scheduler.charges import charge, charge_of
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
 from services.scheduler.gauges import add_gauges
 from services.scheduler.health import WorkerHealth
-from services.scheduler.holds import Hold, Holds, WorkAhead
+from services.scheduler.holds import Hold, WorkAhead
 from services.scheduler.index_client import WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.overlay import PredictionOverlay
@@ -28,7 +29,8 @@ from services.scheduler.queue import Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
 from services.scheduler.tenants import TenantSet
-from services.scheduler.views import Charge, Load, Worker, WorkerState, WorkerView
+from services.scheduler.views import Load, Worker, WorkerView
+from services.scheduler.waiting import WaitingTickets
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class _Attempt(enum.Enum):
 class Placer:
     """Decides; every method runs to its end without waiting, so score and charge are one.
 
-    A ticket is in `_tickets` from `open_ticket` until it is settled, and in its pool's queue from
-    `enqueue` until then. Whatever may make room ends in `_pump`.
+    A ticket waits from `open_ticket` until it is settled, and in its pool's queue from `enqueue`
+    until then. Whatever may make room ends in `_pump`.
     """
 
     def __init__(
@@ -73,25 +75,22 @@ class Placer:
         self._overlay = overlay
         self._metrics = metrics
         self._clock = clock
-        self._worker_wait_s = worker_wait_s
         self._sessions = SessionHomes()
         self._health = WorkerHealth(table, metrics, clock)
-        self._holds = Holds()
         tenants = tenants or TenantSet()
         bounds = QueueBounds(max_queued=max_queued, max_wait_s=max_wait_s)
         self._accounting = Accounting(tenants, metrics)
-        self._backlogs = {pool: Backlog(tenants, bounds, metrics) for pool in pools.pools}
-        self._tickets: dict[tuple[str, int], Ticket] = {}
-        add_gauges(metrics, self._backlogs.values(), reservations)
+        backlogs = {pool: Backlog(tenants, bounds, metrics) for pool in pools.pools}
+        self._waiting = WaitingTickets(backlogs, worker_wait_s=worker_wait_s)
+        add_gauges(metrics, backlogs.values(), reservations)
 
     @property
     def num_queued(self) -> int:
-        return sum(len(backlog.queue) for backlog in self._backlogs.values())
+        return self._waiting.num_queued
 
     def position(self, ticket: Ticket) -> int:
         """Requests probably placed before it; 0 while it is not queued."""
-        queue = self._backlogs[ticket.pool].queue
-        return queue.position(ticket) if ticket in queue else 0
+        return self._waiting.position(ticket)
 
     # Requests
 
@@ -106,7 +105,7 @@ class Placer:
 
         Raises NotFoundError, UnavailableError, InvalidRequestError, OverloadedError, DeadlineError.
         """
-        joined = self._tickets.get(request.key)
+        joined = self._waiting.find(request.key)
         if joined is not None:
             joined.num_callers += 1
             return joined, False
@@ -116,13 +115,12 @@ class Placer:
             raise DeadlineError("the request's time had passed when it arrived")
         deadline = None if remaining_s is None else now + remaining_s
         ticket = Ticket(request, pool, now, deadline, age_s, self._accounting.service(request))
-        self._backlogs[pool].require_admissible(ticket, now, self._table.num_ready(pool))
-        self._tickets[request.key] = ticket
+        self._waiting.open(ticket, now, self._table.num_ready(pool))
         return ticket, True
 
     def enqueue(self, ticket: Ticket, matches: tuple[WorkerMatch, ...]) -> None:
         """The ticket is ready to be placed: at once, or when its turn has come."""
-        backlog = self._backlogs[ticket.pool]
+        backlog = self._waiting.backlog(ticket.pool)
         if ticket.is_settled:
             return
         ticket.matches = matches
@@ -130,9 +128,7 @@ class Placer:
             return
         gives_way = backlog.make_room(ticket, self._table.num_ready(ticket.pool))
         if gives_way is not None:
-            victim, error = gives_way
-            self._close(victim)
-            victim.fail(error)
+            self._waiting.fail(*gives_way)
         if not ticket.is_settled:
             backlog.queue.add(ticket)
             self._pump(ticket.pool)
@@ -160,14 +156,14 @@ class Placer:
         cached = min(num_pages * worker.page_size, max(0, request.num_prompt_tokens - 1))
         if view is None or cached <= reservation.predicted_cached_tokens:
             return
-        self._reservations.correct(reservation, _charge(request, view, cached), cached)
+        self._reservations.correct(reservation, charge(request, view, cached), cached)
         self._pump(ticket.pool)
 
     def leave(self, ticket: Ticket) -> None:
         """A caller went away; the last one gives place and reservation back."""
         ticket.num_callers -= 1
         if ticket.num_callers == 0 and not ticket.is_delivered:
-            self._close(ticket)
+            self._waiting.close(ticket)
             if ticket.reservation is not None:
                 self._reservations.end(ticket.reservation.reservation_id)
                 self._accounting.refund(ticket.reservation.reservation_id)
@@ -187,7 +183,7 @@ class Placer:
             self._reservations.forget_prediction(outcome.reservation_id)
             if outcome.ended_well:
                 self._accounting.learn(outcome, predicted)
-        for pool in self._backlogs:
+        for pool in self._waiting.pools:
             self._pump(pool)
 
     # Workers
@@ -197,7 +193,7 @@ class Placer:
         pool = registration.pool
         if not self._table.has_workers(pool) and pool.identity != identity:
             if pool.identity is not None:
-                self._fail_queue(pool, "the pool now serves another model")
+                self._waiting.fail_queue(pool, "the pool now serves another model")
             pool.identity = identity
         old = self._table.get(registration.worker.worker_id)
         if old is not None:
@@ -233,8 +229,8 @@ class Placer:
         self._metrics.expired.inc(self._reservations.expire(now))
         self._overlay.turn(now)
         self._health.sweep()
-        for pool in self._backlogs:
-            self._sweep_queue(pool, now)
+        for pool in self._waiting.pools:
+            self._waiting.sweep(pool, self._table.snapshot(pool), now)
             self._pump(pool)
 
     # Inside
@@ -256,7 +252,7 @@ class Placer:
 
     def _pump(self, pool: Pool) -> None:
         """Place what can be placed, in order; whoever must wait for room holds up those behind."""
-        backlog = self._backlogs[pool]
+        backlog = self._waiting.backlog(pool)
         passed_over: set[Ticket] = set()
         ahead = WorkAhead()
         while len(passed_over) < _MAX_PASSED_OVER:
@@ -314,8 +310,8 @@ class Placer:
         )
         chosen = self._policy.choose(query, candidates)
         if self._policy.waits and not has_room(request, chosen):
-            hold = Hold(chosen.worker_id, _charge_of(query, chosen), now)
-            self._holds.set(ticket, hold)
+            hold = Hold(chosen.worker_id, charge_of(query, chosen), now)
+            self._waiting.holds.set(ticket, hold)
             ahead.add(hold)
             return _Attempt.HELD
         self._place(ticket, query, chosen, now)
@@ -323,7 +319,7 @@ class Placer:
 
     def _still_waits(self, ticket: Ticket, ahead: WorkAhead, now: float) -> bool:
         """Whether the worker it was chosen for, a moment ago, still has no room for it."""
-        hold = self._holds.find(ticket, now)
+        hold = self._waiting.holds.find(ticket, now)
         view = None if hold is None else self._table.get(hold.worker_id)
         if hold is None or view is None or not view.takes_prompts:
             return False
@@ -359,11 +355,11 @@ class Placer:
         cached = query.cached_tokens.get(chosen.worker_id, 0)
         queued_for_s = now - ticket.opened_at
         branch = self._policy.branch(query, chosen)
-        self._close(ticket)
+        self._waiting.close(ticket)
         reservation = self._reservations.open(
             request.key,
             chosen.worker,
-            _charge_of(query, chosen),
+            charge_of(query, chosen),
             now,
             predicted_cached_tokens=cached,
             policy=branch,
@@ -373,7 +369,7 @@ class Placer:
         self._health.note_placed(chosen.worker_id)
         self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
         self._sessions.note(request.session, chosen.worker_id)
-        backlog = self._backlogs[ticket.pool]
+        backlog = self._waiting.backlog(ticket.pool)
         service = self._accounting.service(request, cached)
         self._accounting.charge(reservation.reservation_id, backlog.ledger, ticket.account, service)
         backlog.note_placed(ticket)
@@ -381,60 +377,6 @@ class Placer:
         self._metrics.queue_seconds.labels(priority_label(request.priority)).observe(queued_for_s)
         ticket.place(reservation)
 
-    def _sweep_queue(self, pool: Pool, now: float) -> None:
-        workers = self._table.snapshot(pool)
-        states = {view.state for view in workers}
-        any_left = not states.isdisjoint((WorkerState.READY, WorkerState.SUSPECT))
-        for ticket in self._backlogs[pool].queue:
-            if ticket.deadline is not None and now >= ticket.deadline:
-                self._close(ticket)
-                ticket.fail(DeadlineError("the request's time passed in the queue"))
-                continue
-            if not any_left:
-                if ticket.workerless_since is None:
-                    ticket.workerless_since = now
-            elif ticket.workerless_since is not None and may_become_eligible(
-                ticket.request, workers
-            ):
-                ticket.workerless_since = None
-            since = ticket.workerless_since
-            if since is not None and now - since >= self._worker_wait_s:
-                self._close(ticket)
-                ticket.fail(UnavailableError(f"no worker of {pool.name!r} may serve this request"))
-
-    def _fail_queue(self, pool: Pool, reason: str) -> None:
-        for ticket in self._backlogs[pool].queue:
-            self._close(ticket)
-            ticket.fail(UnavailableError(reason))
-
     def _forget(self, worker: Worker) -> None:
         self._reservations.end_all_of(worker)
         self._overlay.forget_worker(worker.worker_id)
-
-    def _close(self, ticket: Ticket) -> None:
-        """Out of the queue and the table of tickets, where it is in them."""
-        self._backlogs[ticket.pool].queue.remove(ticket)
-        self._holds.drop(ticket)
-        if self._tickets.get(ticket.request.key) is ticket:
-            del self._tickets[ticket.request.key]
-
-
-def _charge_of(query: Query, chosen: WorkerView) -> Charge:
-    worker_id = chosen.worker_id
-    return _charge(
-        query.request,
-        chosen,
-        query.cached_tokens.get(worker_id, 0),
-        query.shared_tokens.get(worker_id, 0),
-    )
-
-
-def _charge(request: PlacementRequest, chosen: WorkerView, cached: int, shared: int = 0) -> Charge:
-    num_tokens = request.num_prompt_tokens
-    num_uncached = num_tokens - cached
-    return Charge(
-        num_sequences=request.num_choices,
-        num_pages=-(-num_uncached // chosen.worker.page_size),
-        num_context_tokens=(num_tokens - shared) * request.num_choices,
-        prefill_ns=int(chosen.cost_model.prefill_work_ns(num_uncached, num_tokens)),
-    )

@@ -215,13 +215,19 @@ def unchanged_response(table: WorkerTable) -> pb.WatchWorkersResponse:
 
 
 def table_response(table: WorkerTable, pools: PoolSet) -> pb.WatchWorkersResponse:
-    """The whole table. A pool appears once its identity is known, also while it is empty."""
+    """The whole table. A pool appears once its identity is known, also while it is empty;
+
+    until then a declared one is named as awaited.
+    """
     return pb.WatchWorkersResponse(
         table_version=table.version,
         pools=[
             _pool(pool.identity, table.limits(pool), table.snapshot(pool))
             for pool in pools.pools
             if pool.identity is not None
+        ],
+        awaited_models=[
+            pool.name for pool in pools.pools if pool.identity is None and pool.name is not None
         ],
     )
 

@@ -16,6 +16,7 @@ from rhizome.tokenizer.v1 import (
     tokenizer_service_pb2_grpc as pb_grpc,
 )
 from services.common.errors import InvalidRequestError, OverloadedError
+from services.common.rpc import MAX_MESSAGE_BYTES
 from services.tokenizer.chat import Chat, ChatTemplate
 from services.tokenizer.detokenize import open_detokenizer
 from services.tokenizer.encode import Encoder, Text, id_slices, sliced_prefix_hashes
@@ -26,6 +27,9 @@ from services.tokenizer.session import TextSession, skips_special_tokens
 _SHORT_BYTES = 512
 # Unary calls waiting for a thread, beyond which new ones are shed.
 _MAX_WAITING = 1024
+
+# Of each result in a response, beside the result itself: its tag and length.
+_RESULT_OVERHEAD = 8
 
 Result = TypeVar("Result")
 
@@ -93,8 +97,14 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
             self._num_waiting -= 1
 
 
-def tokenize(parts: TokenizerParts, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-    """Render, encode and hash all inputs. Raises InvalidRequestError naming the input."""
+def tokenize(
+    parts: TokenizerParts, request: pb.TokenizeRequest, *, max_bytes: int = MAX_MESSAGE_BYTES
+) -> pb.TokenizeResponse:
+    """Render, encode and hash all inputs. Raises InvalidRequestError naming the input.
+
+    Also where ids and hashes take more than `max_bytes`, which no message may: gRPC would call
+    that RESOURCE_EXHAUSTED, as if trying again could help.
+    """
     texts, stops = [], []
     for index, entry in enumerate(request.inputs):
         try:
@@ -104,13 +114,21 @@ def tokenize(parts: TokenizerParts, request: pb.TokenizeRequest) -> pb.TokenizeR
         texts.append(text)
         stops.append(stop)
     response = pb.TokenizeResponse()
-    for token_ids, stop in zip(parts.encoder.encode(texts), stops, strict=True):
+    num_bytes = num_tokens = 0
+    for index, (token_ids, stop) in enumerate(zip(parts.encoder.encode(texts), stops, strict=True)):
         result = response.results.add(template_stop=stop)
         for ids in id_slices(token_ids):
             result.token_ids.extend(ids)
         if request.page_size:
             hashes = sliced_prefix_hashes(token_ids, request.page_size, request.namespace)
             result.prefix_hashes.extend(hashes)
+        num_bytes += result.ByteSize() + _RESULT_OVERHEAD
+        num_tokens += len(token_ids)
+        if num_bytes > max_bytes:
+            raise InvalidRequestError(
+                f"input {index}: the prompt is too long: with it the request has {num_tokens} "
+                f"tokens, which do not fit a message of {max_bytes} bytes"
+            )
     return response
 
 

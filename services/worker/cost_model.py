@@ -7,7 +7,8 @@ weighted by 1 / time^2, so that relative errors count alike in short and long st
 
 A few steps do not tell what depends on what: two prompts' times can be explained without any cost a
 token. So the solution is drawn to the simplest model that explains them, a time a prefilled token
-and a time a decode step, with the weight of a quarter of an observation (ridge regression towards a prior mean).
+and a time a decode step, with the weight of a quarter of an observation (ridge regression towards a
+prior mean).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from services.common.config import child_environment, kernel_cache_environment
+from services.common.config import child_environment, engine_environment
 from services.worker.engine.messages import EngineInput, EngineOutput, Stop
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.spec import EngineSpec, encode_message
@@ -122,7 +122,7 @@ class EngineProcess:
         process = await asyncio.create_subprocess_exec(
             *command,
             encode_message(spec).decode(),
-            env=child_environment(kernel_cache_environment(kernel_cache_dir)),
+            env=child_environment(engine_environment(kernel_cache_dir)),
         )
         logger.info("event=engine_started pid=%s", process.pid)
         return cls(process)

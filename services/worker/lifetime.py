@@ -96,6 +96,7 @@ def service_options(config: WorkerConfig) -> ServiceOptions:
         advertise_address=config.advertise_address,
         schedulers=config.scheduler,
         max_queued_requests=config.max_queued_requests,
+        metrics_port=config.metrics_port,
     )
 
 

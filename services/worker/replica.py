@@ -40,6 +40,7 @@ from services.worker.engine.messages import (
 from services.worker.engine_link import EngineLink
 from services.worker.outputs import NOBODY, OutputLog, OutputRouter, Sink
 from services.worker.reservations import ReservationBook
+from services.worker.step_totals import StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Replica:
         self.reservations = ReservationBook()
         self.cache_events = CacheEventLog(identity.epoch)
         self.cost_model = CostModel()
+        self.totals = StepTotals()
         # Why schedulers refused this worker, by address; and those that accepted it.
         self.refusals: dict[str, str] = {}
         self.acceptances: set[str] = set()
@@ -274,6 +276,7 @@ class Replica:
     def _handle_step(self, step: StepOutput) -> None:
         self.step_number = max(self.step_number, step.step_number)
         self.load = step.load
+        self.totals.add(step)
         for reservation_id in step.accepted_reservation_ids:
             self.reservations.admit(reservation_id)
         for log in self.router.route(step):

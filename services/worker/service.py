@@ -13,8 +13,10 @@ from grpc import aio
 
 from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc as pb_grpc
 from services.common.errors import UnavailableError
+from services.common.metrics import metrics_server
 from services.common.rpc import RunningServer, running_server
 from services.worker.engine_link import EngineLink
+from services.worker.metrics import WorkerCollector
 from services.worker.registration import Registration, describe
 from services.worker.replica import Replica, WorkerIdentity
 from services.worker.servicer import WorkerServicer
@@ -38,6 +40,8 @@ class ServiceOptions:
     advertise_address: str | None = None
     schedulers: tuple[str, ...] = ()
     max_queued_requests: int = 4096
+    # None means: none are served.
+    metrics_port: int | None = None
     times: SessionTimes = field(default_factory=SessionTimes)
 
 
@@ -78,7 +82,11 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
     def add(server: aio.Server) -> None:
         pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 
-    async with running_server(add, [_SERVICE], options.listen, ready=False) as server:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(metrics_server(options.metrics_port, WorkerCollector(replica)))
+        server = await stack.enter_async_context(
+            running_server(add, [_SERVICE], options.listen, ready=False)
+        )
         worker = RunningWorker(server, replica, sessions)
         address = advertised(options, server.port)
         jobs: list[Coroutine[Any, Any, None]] = [

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from services.common.config import child_environment, kernel_cache_environment, parse_config
+from services.common.config import child_environment, engine_environment, parse_config
 from services.common.logs import configure_logging
 from services.common.process import EXIT_INTERRUPTED
 from services.worker.config import WorkerConfig
@@ -57,7 +57,7 @@ def warm(config: WorkerConfig, directory: Path) -> int:
     # A process of its own: caches are found by the environment it starts with.
     status = subprocess.run(
         [sys.executable, "-m", "services.worker.engine.warm_up", encode_message(spec).decode()],
-        env=child_environment(kernel_cache_environment(directory)),
+        env=child_environment(engine_environment(directory)),
         check=False,
     ).returncode
     if status == 0:

@@ -95,7 +95,7 @@ def test_a_model_that_cannot_load_is_given_up_with_the_reason(tmp_path: Path) ->
     ("flags", "named"),
     [
         (("--model-path", "/nowhere"), "config.json"),
-        (("--tp", "0"), "tp must be >= 1"),
+        (("--tp", "0"), "tp_size must be >= 1"),
         (("--no-such-flag",), "--no-such-flag"),
         (("--context-length", "0"), "context_length must be >= 1"),
     ],

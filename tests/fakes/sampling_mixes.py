@@ -47,11 +47,18 @@ def random_params(random: np.random.Generator, vocab_size: int) -> SamplingParam
 class SamplerPair:
     """A device's sampler and the reference on the CPU, given the same slots."""
 
-    def __init__(self, vocab_size: int, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        num_slots: int,
+        device: torch.device,
+        *,
+        logits_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    ) -> None:
         self.device = device
         self.vocab_size = vocab_size
         both = {"num_slots": num_slots, "vocab_size": vocab_size, "eos_token_ids": EOS}
-        self.sampler = DeviceSampler(device=device, **both)  # type: ignore[arg-type]
+        self.sampler = DeviceSampler(device=device, logits_dtypes=logits_dtypes, **both)  # type: ignore[arg-type]
         self.reference = TorchSampler(device=CPU, **both)  # type: ignore[arg-type]
         self.params: dict[int, SamplingParams] = {}
         self.choices: dict[int, int] = {}
@@ -89,7 +96,7 @@ class SamplerPair:
         """One step of both, from the same logits [R, V]."""
         return (
             _sample(self.sampler, logits.to(self.device), slots, positions),
-            _sample(self.reference, logits.to(CPU).float(), slots, positions),
+            _sample(self.reference, logits.to(CPU), slots, positions),
         )
 
     def is_near_tie(

@@ -12,6 +12,7 @@ from services.worker.engine.attention.sharing import PrefixGroups
 from services.worker.engine.attention.torch_backend import TorchAttention
 from services.worker.engine.kernels.merge import merge_attention
 from services.worker.engine.kv.pool import PagePool
+from tests.fakes.attention_steps import write_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,34 +62,27 @@ class Sharing:
     ) -> AttentionInputs:
         if num_tokens is None:
             num_tokens = np.ones(len(slots), np.int32)
-        where = [
-            (slot, np.arange(start, start + count))
-            for slot, start, count in zip(slots, starts, num_tokens, strict=True)
-        ]
-        locations = [
-            self.table[slot][at // self.page_size].astype(np.int64) * self.page_size
-            + at % self.page_size
-            for slot, at in where
-        ]
         return AttentionInputs(
             slots=slots.astype(np.int32),
             num_tokens=num_tokens.astype(np.int32),
             start_positions=starts.astype(np.int32),
             host_page_table=self.table,
             page_table=torch.from_numpy(self.table).cuda(),
-            locations=torch.from_numpy(np.concatenate(locations)).cuda(),
         )
 
     def packed(self, num_tokens: int) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values as the model gives them: views of one tensor."""
+        """Queries, keys and values, views of one tensor."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         whole = torch.randn(num_tokens, sum(heads), HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         return whole.split(heads, dim=1)
 
     def expected(self, inputs: AttentionInputs, packed: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What the torch backend gives; the pool has the step's keys and values then."""
+        q, k, v = packed
+        write_step(self.pool, inputs, LAYER, k, v)
         reference = TorchAttention(self.pool)
         reference.plan(inputs)
-        return reference.run(*packed, LAYER)
+        return reference.run(q, LAYER)
 
 
 def random_groups(
@@ -149,8 +143,6 @@ def make_backend(rows: Sharing):  # type: ignore[no-untyped-def]
     return module.FlashInferAttention(
         rows.pool,
         num_heads=rows.num_heads,
-        max_captured_rows=rows.num_rows,
-        max_pages=rows.table.shape[1],
         others=triton.TritonAttention(
             rows.pool,
             num_heads=rows.num_heads,
@@ -188,7 +180,7 @@ def test_mixed_steps_read_long_prefixes_once() -> None:
         packed = rows.packed(int(num_tokens.sum()))
         expected = rows.expected(inputs, packed)
         backend.plan(inputs)
-        torch.testing.assert_close(backend.run(*packed, LAYER), expected, **TOLERANCE)
+        torch.testing.assert_close(backend.run(packed[0], LAYER), expected, **TOLERANCE)
 
 
 def test_steps_issued_before_the_last_ones_ran_do_not_disturb_them() -> None:
@@ -211,7 +203,7 @@ def test_steps_issued_before_the_last_ones_ran_do_not_disturb_them() -> None:
         single = (inputs.slots, inputs.start_positions, inputs.host_page_table)
         assert backend.wants_eager(*single)
         backend.plan(inputs)
-        got.append(backend.run(*packed, LAYER))
+        got.append(backend.run(packed[0], LAYER))
     for out, (_, _, expected) in zip(got, steps, strict=True):
         torch.testing.assert_close(out, expected, **TOLERANCE)
 

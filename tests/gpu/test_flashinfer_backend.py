@@ -14,6 +14,7 @@ from services.worker.engine.kv.pool import PagePool
 from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.options import EngineOptions
 from services.worker.engine.runner.build import build_runner
+from tests.fakes.attention_steps import write_step
 from tests.fakes.step_driver import GREEDY, StepDriver
 
 pytestmark = [
@@ -41,7 +42,6 @@ class Harness:
         num_kv_heads: int,
         page_size: int,
         seed: int,
-        few_rows: int = 0,
         num_slots: int = 12,
         max_len: int = MAX_LEN,
     ) -> None:
@@ -73,49 +73,40 @@ class Harness:
         self.flashinfer = flashinfer_backend.FlashInferAttention(
             pools[1],
             num_heads=num_heads,
-            max_captured_rows=self.num_slots,
-            max_pages=max_pages,
             others=triton_backend.TritonAttention(
                 pools[1], num_heads=num_heads, max_rows=self.num_slots, dtype=torch.bfloat16
             ),
             has_other_layers=True,
-            few_rows=few_rows,
         )
         self.pools = pools
         table = self.random.permutation(num_pages).reshape(self.num_slots, max_pages)
         self.table = table.astype(np.int32)
 
     def inputs(self, num_tokens: list[int], starts: list[int]) -> AttentionInputs:
-        slots = self.random.permutation(self.num_slots)[: len(starts)].astype(np.int32)
-        positions = [np.arange(s, s + n) for s, n in zip(starts, num_tokens, strict=True)]
-        locations = [
-            self.table[slot][where // self.page_size].astype(np.int64) * self.page_size
-            + where % self.page_size
-            for slot, where in zip(slots, positions, strict=True)
-        ]
         return AttentionInputs(
-            slots=slots,
+            slots=self.random.permutation(self.num_slots)[: len(starts)].astype(np.int32),
             num_tokens=np.array(num_tokens, np.int32),
             start_positions=np.array(starts, np.int32),
             host_page_table=self.table,
             page_table=torch.from_numpy(self.table).cuda(),
-            locations=torch.from_numpy(np.concatenate(locations)).cuda(),
         )
 
     def compare(self, inputs: AttentionInputs, layer: AttentionLayer, *, captured: bool) -> None:
         total = int(inputs.num_tokens.sum())
-        # As the model gives them: queries and keys are views of one tensor.
+        # Views of one tensor, so rows do not follow one another.
         packed = torch.randn(
             total, self.heads + 2 * self.kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
         )
         q, k, v = packed.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        for pool in self.pools:
+            write_step(pool, inputs, layer, k, v)
         self.reference.plan(inputs)
-        expected = self.reference.run(q, k, v, layer)
+        expected = self.reference.run(q, layer)
         if captured:
             self.flashinfer.plan_captured(inputs)
         else:
             self.flashinfer.plan(inputs)
-        got = self.flashinfer.run(q, k, v, layer)
+        got = self.flashinfer.run(q, layer)
         torch.testing.assert_close(got, expected, **TOLERANCE)
         assert torch.equal(self.pools[0].tensor, self.pools[1].tensor)
 
@@ -159,10 +150,12 @@ def test_layers_that_flashinfer_does_not_take_are_computed_too(layer: AttentionL
     harness.compare(harness.inputs([1] * 5, [5, 300, 90, 0, 64]), layer, captured=True)
 
 
-def test_captured_steps_of_few_rows_equal_the_reference() -> None:
-    harness = Harness(num_heads=32, num_kv_heads=8, page_size=16, seed=2, few_rows=4)
-    for num_rows in (3, 9, 4, 1, 12):
-        starts = harness.random.integers(0, MAX_LEN, num_rows).tolist()
+def test_one_long_row_among_many_equals_the_reference() -> None:
+    harness = Harness(
+        num_heads=32, num_kv_heads=8, page_size=16, seed=2, num_slots=40, max_len=4000
+    )
+    for num_rows in (40, 12):
+        starts = [3999, *harness.random.integers(0, 60, num_rows - 1).tolist()]
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=True)
         harness.compare(harness.inputs([1] * num_rows, starts), LAYER, captured=False)
 

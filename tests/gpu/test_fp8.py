@@ -88,14 +88,19 @@ def test_products_are_those_of_the_rounded_numbers(
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_keys_and_values_are_cast_and_saturate(dtype: torch.dtype) -> None:
     fused = pytest.importorskip("services.worker.engine.kernels.fused")
-    k, v = randn(300, 3, 96), 1e5 * randn(300, 3, 96)
-    pool = torch.zeros(2, 100, 16, 3, 96, device="cuda").to(dtype)
-    expected = pool.clone()
+    qkv = randn(300, 11, 96)
+    qkv[:, 5:] *= 1e5
+    qkv[100:, 5:8] *= 1e-5
+    cos, sin = randn(2, 300, 1, 48)
     locations = torch.randperm(1600, device="cuda")[:300]
-    write_tokens(expected[0], locations, k)
-    write_tokens(expected[1], locations, v)
-    fused.write_kv(k, v, pool[0], pool[1], locations)
+    exact = torch.zeros(2, 100, 16, 3, 96, dtype=qkv.dtype, device="cuda")
+    pool = exact.to(dtype)
+    expected = pool.clone()
+    for kept in (exact, pool):
+        fused.rotate_and_write(qkv.flatten(1), cos, sin, kept[0], kept[1], locations, None, 0.0)
+    for index in range(2):
+        write_tokens(expected[index], locations, exact[index].flatten(0, 1)[locations])
     assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
-    pages = torch.arange(100, device="cuda")
-    written = gather_pages(pool[1], pages, torch.bfloat16)
-    assert float(written.abs().max()) == torch.finfo(dtype).max
+    for kept in pool:
+        written = gather_pages(kept, torch.arange(100, device="cuda"), torch.bfloat16)
+        assert float(written.abs().max()) == torch.finfo(dtype).max

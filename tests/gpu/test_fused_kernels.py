@@ -46,38 +46,50 @@ def test_gated_activation(fused, num_tokens: int, size: int) -> None:
     torch.testing.assert_close(fused.silu_mul(gate_up).double(), F.silu(gate) * up, **TOLERANCE)
 
 
-@SIZES
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(40, 128), (3, 64), (7, 96), (10, 256)])
-def test_rotation(fused, num_tokens: int, num_heads: int, head_dim: int) -> None:
-    x = randn(num_tokens, num_heads + 5, head_dim)[:, :num_heads]
-    cos, sin = randn(num_tokens, 1, head_dim // 2), randn(num_tokens, 1, head_dim // 2)
-    expected = rotate(x.double(), cos.double(), sin.double())
-    torch.testing.assert_close(fused.rotate(x, cos, sin).double(), expected, **TOLERANCE)
+def sizes_of_products(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """What a rotation adds up, without signs."""
+    (first, second), c, s = x.abs().chunk(2, dim=-1), cos.abs(), sin.abs()
+    return torch.cat((first * c + second * s, second * c + first * s), dim=-1)
 
 
 @SIZES
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(16, 128), (3, 64), (7, 96)])
-def test_rotation_of_normed_heads(fused, num_tokens: int, num_heads: int, head_dim: int) -> None:
-    x = randn(num_tokens, num_heads + 5, head_dim)[:, : num_heads + 2]
-    cos, sin = randn(num_tokens, 1, head_dim // 2), randn(num_tokens, 1, head_dim // 2)
-    weights = randn(2, head_dim)
-    normed = F.rms_norm(x.double(), (head_dim,), None, 1e-6)
-    normed[:, :num_heads] *= weights[0].double()
-    normed[:, num_heads:] *= weights[1].double()
-    expected = rotate(normed, cos.double(), sin.double())
-    out = fused.norm_rotate(x, cos, sin, weights[0], weights[1], num_heads, 1e-6)
-    # Rounded after the norm and after its weight as well.
-    torch.testing.assert_close(out.double(), expected, atol=5e-2, rtol=2e-2)
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(32, 8, 128), (14, 2, 64), (7, 1, 96), (8, 4, 256), (71, 1, 64), (5, 5, 80)],
+)
+def test_rotation_and_write_of_keys_and_values(
+    fused, num_tokens: int, has_norms: bool, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    num_padding = num_tokens // 3
+    qkv = randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    cos, sin = randn(2, num_tokens, 1, head_dim // 2)
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, weights = q.double(), k.double(), None
+    if has_norms:
+        weights = (randn(head_dim), randn(head_dim))
+        q, k = (
+            F.rms_norm(x, (head_dim,), weight.double(), 1e-6)
+            for x, weight in zip((q, k), weights, strict=True)
+        )
+    # Two products may cancel out, but each has the roundings of its factors: with norms, after the
+    # norm and after its weight as well.
+    bounds = [sizes_of_products(x, cos.double(), sin.double()) * 2**-6 + 1e-6 for x in (q, k)]
+    q, k = (rotate(x, cos.double(), sin.double()) for x in (q, k))
 
-
-@SIZES
-def test_keys_and_values_go_to_their_places(fused, num_tokens: int) -> None:
-    packed = randn(num_tokens, 12, 96)
-    k, v = packed[:, 2:5], packed[:, 9:]
-    pool = randn(2, 100, 16, 3, 96)
-    expected = pool.clone()
+    pool = randn(2, 101, 16, num_kv_heads, head_dim)
+    before = pool.clone().flatten(1, 2)
+    # The last tokens are padding, which all goes to the first place of the last page.
     locations = torch.randperm(1600, device="cuda")[:num_tokens]
-    expected[0].flatten(0, 1)[locations] = k
-    expected[1].flatten(0, 1)[locations] = v
-    fused.write_kv(k, v, pool[0], pool[1], locations)
-    assert torch.equal(pool, expected)
+    locations[num_tokens - num_padding :] = 1600
+    out = fused.rotate_and_write(
+        qkv.flatten(1), cos, sin, pool[0], pool[1], locations, weights, 1e-6
+    )
+    assert ((out.double() - q).abs() <= bounds[0]).all()
+    keys, values = pool.flatten(1, 2)
+    own = slice(0, num_tokens - num_padding)
+    assert ((keys[locations[own]].double() - k[own]).abs() <= bounds[1][own]).all()
+    assert torch.equal(values[locations[own]], v[own])
+    untouched = torch.ones(len(keys), dtype=torch.bool, device="cuda")
+    untouched[locations] = False
+    assert torch.equal(pool.flatten(1, 2)[:, untouched], before[:, untouched])

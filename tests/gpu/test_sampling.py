@@ -37,6 +37,7 @@ def never_waits() -> Iterator[None]:
         (17, 5, torch.float32),
         (1000, 64, torch.float32),
         (32_003, 48, torch.bfloat16),
+        (50_257, 33, torch.float16),
         (128_256, 40, torch.float32),
         (128_256, 1, torch.float32),
         (151_936, 24, torch.bfloat16),
@@ -47,7 +48,7 @@ def test_tokens_and_logprobs_equal_the_references(
     mixes, vocab_size: int, rows: int, dtype: torch.dtype
 ) -> None:
     random = np.random.default_rng(vocab_size + rows)
-    pair = mixes.SamplerPair(vocab_size, rows, torch.device("cuda"))
+    pair = mixes.SamplerPair(vocab_size, rows, torch.device("cuda"), logits_dtypes=(dtype,))
     ties = 0
     for _ in range(3):
         logits = mixes.random_logits(random, rows, vocab_size).to(dtype).to("cuda")
@@ -89,11 +90,12 @@ def test_extreme_rows_equal_the_references(mixes) -> None:
             assert same or (slot > 0 and pair.is_near_tie(row[0], slot, 4, ids)), (name, slot, ids)
 
 
-def test_logits_need_not_be_aligned(mixes) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_need_not_be_aligned(mixes, dtype: torch.dtype) -> None:
     random = np.random.default_rng(12)
     vocab_size = 32_003
     pair = mixes.SamplerPair(vocab_size, 3, torch.device("cuda"))
-    logits = mixes.random_logits(random, 4, vocab_size).cuda()[1:]
+    logits = mixes.random_logits(random, 4, vocab_size).to(dtype).cuda()[1:]
     assert logits.data_ptr() % 16
     penalised, plain = {"presence_penalty": 1.5}, {}
     for kind in (penalised, plain, penalised):
@@ -111,11 +113,11 @@ def test_logits_need_not_be_aligned(mixes) -> None:
         assert step.token_ids.tolist() == expected.token_ids.tolist()
 
 
-def test_a_row_samples_the_same_alone_and_among_others(mixes) -> None:
+def test_a_row_samples_the_same_alone_and_among_others_and_in_float32(mixes) -> None:
     random = np.random.default_rng(7)
     rows, vocab_size = 32, 128_256
     pair = mixes.SamplerPair(vocab_size, rows, torch.device("cuda"))
-    logits = mixes.random_logits(random, rows, vocab_size).cuda()
+    logits = mixes.random_logits(random, rows, vocab_size).bfloat16().cuda()
     kinds = [{}, {"top_p": 0.95}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.05}]
     for slot in range(rows):
         params = SamplingParams(temperature=0.9, seed=slot, **kinds[slot % 4])
@@ -126,14 +128,16 @@ def test_a_row_samples_the_same_alone_and_among_others(mixes) -> None:
     ).device_ids
     for row in range(rows):
         slot = np.array([row], np.int32)
-        alone = pair.sampler.sample(logits[row : row + 1], slot, one, [], reports=True)
-        assert alone.device_ids.tolist() == together[row : row + 1].tolist()
+        for alone in (logits[row : row + 1], logits[row : row + 1].float()):
+            step = pair.sampler.sample(alone, slot, one, [], reports=True)
+            assert step.device_ids.tolist() == together[row : row + 1].tolist()
 
 
-def test_prompt_logprobs_equal_the_references(mixes) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_prompt_logprobs_equal_the_references(mixes, dtype: torch.dtype) -> None:
     random = np.random.default_rng(3)
     pair = mixes.SamplerPair(32_000, 2, torch.device("cuda"))
-    logits = mixes.random_logits(random, 100, 32_000)
+    logits = mixes.random_logits(random, 100, 32_000).to(dtype)
     spec = LogprobSpec(num_top=5, token_ids=(7, 31_999))
     following = random.integers(0, 32_000, 100).tolist()
     expected = pair.reference.prompt_logprobs(logits, following, spec)

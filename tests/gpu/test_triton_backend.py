@@ -1,6 +1,5 @@
 """The Triton backend against the torch backend in float32, in CUDA graphs and in whole models."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -102,10 +101,9 @@ def test_probabilities_in_float32_leave_the_outputs_rounding_only(dtype: torch.d
         steps = make_steps((8, 2, 128, 16, dtype), exact=exact)
         inputs = steps.mixed(6, [150, 60])
         q, k, v = steps.tensors(216)
-        steps.reference.plan(inputs)
-        expected = steps.reference.run(q.float(), k.float(), v.float(), layer)
+        expected = steps.expected(inputs, layer, q, k, v)
         steps.backend.plan(inputs)
-        error = (steps.backend.run(q, k, v, layer).float() - expected).abs()
+        error = (steps.backend.run(q, layer).float() - expected).abs()
         rounding = expected.abs() * torch.finfo(dtype).eps / 2
         excess[exact] = (error - rounding).max().item()
     assert excess[True] < 1e-5
@@ -117,25 +115,15 @@ def test_a_captured_launch_serves_other_rows(changes: dict[str, float]) -> None:
     steps = make_steps(SHAPES[0])
     layer = AttentionLayer(index=1, scale=0.1, **changes)  # type: ignore[arg-type]
     q, k, v = steps.tensors(8)
-    locations = torch.zeros(8, dtype=torch.int64, device="cuda")
-
-    def plan(starts: list[int]) -> object:
-        inputs = steps.inputs([1] * 8, starts)
-        locations.copy_(inputs.locations)
-        inputs = dataclasses.replace(inputs, locations=locations)
-        steps.backend.plan_captured(inputs)
-        return inputs
-
-    steps.reference.plan(plan([0] * 8))  # type: ignore[arg-type]
-    steps.reference.run(q.float(), k.float(), v.float(), layer)
-    steps.backend.run(q, k, v, layer)
+    steps.backend.plan_captured(steps.inputs([1] * 8, [0] * 8))
+    steps.backend.run(q, layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = steps.backend.run(q, k, v, layer)
+        out = steps.backend.run(q, layer)
     for _ in range(5):
-        inputs = plan(steps.random.integers(0, steps.max_len, 8).tolist())
-        steps.reference.plan(inputs)  # type: ignore[arg-type]
-        expected = steps.reference.run(q.float(), k.float(), v.float(), layer)
+        inputs = steps.inputs([1] * 8, steps.random.integers(0, steps.max_len, 8).tolist())
+        steps.backend.plan_captured(inputs)
+        expected = steps.expected(inputs, layer, q, k, v)
         graph.replay()
         assert (out.float() - expected).abs().max().item() < BOUNDS[torch.bfloat16]
 

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -179,24 +181,80 @@ async def test_a_server_that_breaks_off_when_the_cache_is_flushed_is_one_sentenc
     assert "Traceback" not in errors.decode()
 
 
-async def test_an_interrupt_ends_the_benchmark_quietly() -> None:
-    arrived = asyncio.Event()
-
-    async def hang(request: web.Request) -> web.StreamResponse:
-        arrived.set()
-        await asyncio.sleep(60)
-        return web.Response()
-
-    async with server(hang, "/v1/completions") as url:
-        command = ("bench", "serving", "--base-url", url, "--model", "m", "--num-prompts", "1")
+@contextlib.asynccontextmanager
+async def benchmark(url: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`rhizome bench serving` in a process group of its own, all of which is gone at the end."""
+    command = ("bench", "serving", "--base-url", url, "--model", "m", "--num-prompts", "1")
+    # Tests in a shell's background ignore SIGINT, and what they start would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "services.launch", *command),
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        async with asyncio.timeout(30):
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.communicate()
+
+
+def hanging() -> tuple[Handler, asyncio.Event]:
+    """A handler that does not answer, and whether a request has come."""
+    arrived = asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await asyncio.sleep(600)
+        return web.Response()
+
+    return hang, arrived
+
+
+async def client_starts(process: asyncio.subprocess.Process) -> None:
+    """Wait until a client process runs Python, which takes it long to import what it needs."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while True:
+        for child in children.read_text().split():
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{child}/status").read_text())
+            assert caught is not None
+            if b"spawn_main" in command and int(caught[1], 16) >> signal.SIGINT - 1 & 1:
+                return
+        await asyncio.sleep(0.001)
+
+
+async def test_an_interrupt_ends_the_benchmark_quietly() -> None:
+    handler, arrived = hanging()
+    async with server(handler, "/v1/completions") as url, benchmark(url) as process:
+        async with asyncio.timeout(60):
             await arrived.wait()
             os.killpg(process.pid, signal.SIGINT)
             _, errors = await process.communicate()
-    assert process.returncode == 130
-    assert errors == b""
+        assert process.returncode == 130
+        assert errors == b""
+
+
+async def test_an_interrupt_while_clients_start_ends_the_benchmark_quietly() -> None:
+    async with server(hanging()[0], "/v1/completions") as url, benchmark(url) as process:
+        async with asyncio.timeout(60):
+            await client_starts(process)
+            os.killpg(process.pid, signal.SIGINT)
+            _, errors = await process.communicate()
+        assert process.returncode == 130
+        assert errors == b""
+
+
+async def test_clients_end_when_the_benchmark_is_killed() -> None:
+    handler, arrived = hanging()
+    async with server(handler, "/v1/completions") as url, benchmark(url) as process:
+        async with asyncio.timeout(60):
+            await arrived.wait()
+            process.kill()
+            # Read to the end, which comes when no process of the group is left to write.
+            _, errors = await process.communicate()
+        assert errors == b""

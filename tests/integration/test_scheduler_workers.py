@@ -13,6 +13,7 @@ from grpc import aio
 from rhizome.common.v1.pool_identity_pb2 import ProtocolRange
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
 from services.common.rpc import open_channel
+from services.gateway.control_plane import ControlPlane
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import RunningScheduler, running_scheduler
 from tests.fakes.scheduler_peers import make_description, registered_worker
@@ -121,6 +122,35 @@ async def test_declared_pools_are_kept_apart(tmp_path: Path) -> None:
             assert await _refused_fields(stub, bad_page) == {"page_size"}
             table = await _next_table(stub.WatchWorkers(pb.WatchWorkersRequest()))
             assert [pool.identity.served_model_name for pool in table.pools] == ["b"]
+            assert list(table.awaited_models) == ["a"]
+
+
+async def test_a_restarted_scheduler_takes_no_model_from_a_gateway(tmp_path: Path) -> None:
+    pools = tmp_path / "pools.json"
+    pools.write_text(json.dumps([{"served_model_name": "a"}, {"served_model_name": "b"}]))
+    address = f"unix:{tmp_path}/scheduler.sock"
+    config = SchedulerConfig(listen=address, pools=pools)
+    a, b = (
+        make_description(f"{name}0", identity={"served_model_name": name}) for name in ("a", "b")
+    )
+    control = ControlPlane([address])
+    async with control.following(), asyncio.timeout(30):
+        async with (
+            running_scheduler(config, grace_s=0.1),
+            registered_worker(address, a),
+            registered_worker(address, b),
+        ):
+            while len(control.table.workers()) < 2:
+                await asyncio.sleep(0.01)
+        async with running_scheduler(config, grace_s=0.1), registered_worker(address, a) as a0:
+            await a0.report(num_running=3)
+            while [worker.num_running for worker in control.table.workers("a")] != [3]:
+                await asyncio.sleep(0.01)
+            assert control.table.model("b").name == "b"
+            asked = pb.ScheduleRequest(request_id="r", model="b", num_choices=1)
+            placing = asyncio.create_task(control.schedule(asked))
+            async with registered_worker(address, b):
+                assert (await placing).worker_id == "b0"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rhizome.tokenizer.v1 import (
     tokenizer_service_pb2 as pb,
     tokenizer_service_pb2_grpc as pb_grpc,
 )
-from services.common.errors import error_from_rpc
+from services.common.errors import InvalidRequestError, error_from_rpc
 from services.common.model_files import (
     builtin_model_path,
     chat_template_digest,
@@ -31,7 +31,7 @@ from services.common.model_files import (
 from services.common.prefix_hash import HASH_VERSION, prefix_hashes
 from services.common.rpc import open_channel, running_server
 from services.tokenizer.load import load_parts
-from services.tokenizer.servicer import TokenizerParts, TokenizerServicer
+from services.tokenizer.servicer import TokenizerParts, TokenizerServicer, tokenize
 
 MODEL = builtin_model_path()
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
@@ -111,6 +111,16 @@ async def test_text_that_comes_back_is_the_text_that_went_in(stub: Any) -> None:
     assert result.text == ""
     assert len(result.pieces) == len(token_ids)
     assert b"".join(result.pieces) == text.encode()
+
+
+def test_what_fits_no_message_is_too_long_and_not_an_overload(parts: TokenizerParts) -> None:
+    request = pb.TokenizeRequest(page_size=16)
+    request.inputs.add(text="short")
+    request.inputs.add(text="The capital of France is Paris. " * 200)
+    needed = tokenize(parts, request).ByteSize()
+    tokenize(parts, request, max_bytes=needed + 100)
+    with pytest.raises(InvalidRequestError, match="input 1: the prompt is too long"):
+        tokenize(parts, request, max_bytes=needed - 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A whole worker, the real engine with the built-in model included, as its own processes."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -35,7 +37,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     directory = tmp_path_factory.mktemp("worker")
-    process = WorkerProcess(directory, "--max-total-tokens", str(16 * NUM_PAGES))
+    process = WorkerProcess(
+        directory, "--max-total-tokens", str(16 * NUM_PAGES), "--metrics-port", "0"
+    )
     try:
         process.wait_until_ready()
         yield process
@@ -84,6 +88,24 @@ async def test_a_continuation_elsewhere_says_the_same(channel: aio.Channel) -> N
     (resumed,) = await run_alone(channel, "rest", rest)
     assert whole.ids[12:] == resumed.ids
     assert len(whole.ids) == 30
+
+
+async def test_prometheus_sees_what_the_engine_did(
+    worker: WorkerProcess, channel: aio.Channel
+) -> None:
+    await run_alone(channel, "counted", make_submit(1, PROMPT, max_new_tokens=30))
+    load = (await stub_of(channel).GetWorkerInfo(pb.GetWorkerInfoRequest())).load
+    (port,) = re.findall(r"event=metrics_served port=(\d+)", worker.log.read_text())
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://localhost:{port}/metrics")).text
+    values = dict(re.findall(r"^rhizome_worker_(\S+) (\S+)$", text, re.MULTILINE))
+    assert float(values["serving"]) == 1
+    assert float(values["pages"]) == NUM_PAGES
+    assert float(values["prompt_tokens_total"]) == load.num_prompt_tokens >= len(PROMPT)
+    assert float(values["output_tokens_total"]) == load.num_output_tokens >= 30
+    assert float(values['ended_sequences_total{reason="length"}']) >= 1
+    assert float(values["step_seconds_count"]) >= 30
+    assert float(values["step_seconds_sum"]) > 0
 
 
 async def test_a_broken_call_resumes_byte_identical(channel: aio.Channel) -> None:

@@ -833,22 +833,31 @@ class WatchWorkersResponse(_message.Message):
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
     UNCHANGED_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
+    AWAITED_MODELS_FIELD_NUMBER: _builtins.int
     table_version: _builtins.int
     """Grows with every change of the table."""
     unchanged: _builtins.bool
     """True when nothing changed since the last message; pools are left out then."""
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    @_builtins.property
+    def awaited_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Served model names of declared pools that no worker has joined since this
+        scheduler started, so that `pools` lacks them. Receivers keep what they
+        know of these; whatever is neither here nor in `pools` is served no more.
+        """
+
     def __init__(
         self,
         *,
         table_version: _builtins.int = ...,
         unchanged: _builtins.bool = ...,
         pools: _abc.Iterable[Global___Pool] | None = ...,
+        awaited_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited_models", b"awaited_models", "pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,7 +68,8 @@ class TokenizerServiceServicer:
     def Tokenize(self, request, context):
         """Tokenize applies the chat template where asked, encodes, and hashes the
         full pages of each result. Fails with INVALID_ARGUMENT when a template
-        refuses its messages, naming the input's index.
+        refuses its messages or the response would exceed a message's 64 MiB,
+        naming the input's index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

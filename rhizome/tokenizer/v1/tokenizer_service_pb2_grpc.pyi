@@ -39,7 +39,8 @@ class TokenizerServiceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.TokenizeRequest, _tokenizer_service_pb2.TokenizeResponse]
     """Tokenize applies the chat template where asked, encodes, and hashes the
     full pages of each result. Fails with INVALID_ARGUMENT when a template
-    refuses its messages, naming the input's index.
+    refuses its messages or the response would exceed a message's 64 MiB,
+    naming the input's index.
     """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.DetokenizeRequest, _tokenizer_service_pb2.DetokenizeResponse]
     """Detokenize decodes each sequence of ids at once, or one by one. Fails with
@@ -66,7 +67,8 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.TokenizeRequest, _tokenizer_service_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize applies the chat template where asked, encodes, and hashes the
     full pages of each result. Fails with INVALID_ARGUMENT when a template
-    refuses its messages, naming the input's index.
+    refuses its messages or the response would exceed a message's 64 MiB,
+    naming the input's index.
     """
     Detokenize: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.DetokenizeRequest, _tokenizer_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Detokenize decodes each sequence of ids at once, or one by one. Fails with
@@ -96,7 +98,8 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_tokenizer_service_pb2.TokenizeResponse, _abc.Awaitable[_tokenizer_service_pb2.TokenizeResponse]]:
         """Tokenize applies the chat template where asked, encodes, and hashes the
         full pages of each result. Fails with INVALID_ARGUMENT when a template
-        refuses its messages, naming the input's index.
+        refuses its messages or the response would exceed a message's 64 MiB,
+        naming the input's index.
         """
 
     @_abc_1.abstractmethod

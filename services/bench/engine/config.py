@@ -27,6 +27,7 @@ _FRONT_FLAGS = (
     "drain_timeout_s",
     "parent_pid",
     "profile_dir",
+    "metrics_port",
 )
 
 _Numbers = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")]

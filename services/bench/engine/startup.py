@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from services.bench.progress import ProgressBar
-from services.common.config import kernel_cache_environment, set_environment
+from services.common.config import engine_environment, set_environment
 from services.common.logs import configure_logging
 from services.worker.config import WorkerConfig
 from services.worker.engine.batch import Runner
@@ -36,7 +36,7 @@ def build_engine(config: WorkerConfig, options: EngineOptions) -> BuiltEngine:
     Raises ValueError when the options cannot work, RankLostError when a rank ends.
     """
     configure_logging("bench", "warning" if config.log_level == "info" else config.log_level)
-    set_environment(kernel_cache_environment(config.kernel_cache_dir))
+    set_environment(engine_environment(config.kernel_cache_dir))
     bar = ProgressBar("loading", _PROGRESS_STEPS)
     started_s = time.perf_counter()
     runner, plan = build_runner(

@@ -2,6 +2,9 @@
 
 Conversation i belongs to process i modulo their number, and process k draws its arrivals from
 seed + k: arrivals are part of the workload's definition, as its prompts are.
+
+An interrupt is the benchmark's alone: client processes start with it blocked, and end when the
+benchmark's end of their connection is closed, for whatever reason.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ import asyncio
 import contextlib
 import multiprocessing
 import random
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 from services.bench.presets import Arrival
@@ -71,11 +76,12 @@ def run_load(
     try:
         for job in _jobs(target, conversations, arrival, seed):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_run_process, args=(theirs, job), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
             connections.append(ours)
+            process = context.Process(target=_run_process, args=(theirs, job), daemon=True)
+            with _interrupts_blocked():
+                process.start()
+                processes.append(process)
+                theirs.close()
         for connection in connections:
             _receive(connection)
         start_s = time.monotonic() + _START_DELAY_S
@@ -90,6 +96,18 @@ def run_load(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """SIGINT waits until the end; processes started here never get it."""
+    # Starting a first process starts this one too, which would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _jobs(
@@ -139,7 +157,8 @@ def _receive(connection: Connection) -> int | list[RequestRecord]:
 
 def _run_process(connection: Connection, job: _Job) -> None:
     """A client process: says that it is up, waits for the time to start, reports."""
-    with contextlib.suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+    # All of these say that nobody waits for the report any more.
+    with contextlib.suppress(asyncio.CancelledError, EOFError, ConnectionError):
         connection.send(0)
         start_s = connection.recv()
         connection.send(asyncio.run(_run_job(connection, job, start_s)))
@@ -157,6 +176,7 @@ async def _run_job(connection: Connection, job: _Job, start_s: float) -> list[Re
                 records.append(await send(session, target.base_url, api, turn))
 
     async with (
+        _ending_with(connection),
         open_session(target.api_key, target.timeout_s) as session,
         _reporting(connection, records),
         asyncio.TaskGroup() as group,
@@ -172,6 +192,23 @@ async def _run_job(connection: Connection, job: _Job, start_s: float) -> list[Re
 
 
 @contextlib.asynccontextmanager
+async def _ending_with(connection: Connection) -> AsyncIterator[None]:
+    """Cancel the task when the other end is closed; it sends nothing, so that alone is read."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+
+    def end() -> None:
+        loop.remove_reader(connection.fileno())
+        task.cancel()
+
+    loop.add_reader(connection.fileno(), end)
+    try:
+        yield
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+@contextlib.asynccontextmanager
 async def _reporting(connection: Connection, records: list[RequestRecord]) -> AsyncIterator[None]:
     async def report() -> None:
         told = 0
@@ -179,7 +216,9 @@ async def _reporting(connection: Connection, records: list[RequestRecord]) -> As
             await asyncio.sleep(_PROGRESS_INTERVAL_S)
             if len(records) > told:
                 told = len(records)
-                connection.send(told)
+                # Where the other end is closed, the task that awaits the load is told as well.
+                with contextlib.suppress(ConnectionError):
+                    connection.send(told)
 
     task = asyncio.create_task(report())
     try:

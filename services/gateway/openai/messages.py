@@ -77,10 +77,15 @@ def _content(content: Any, role: str, where: str) -> str:
                 f"{at}.type {part.get('type')!r:.60} is not supported; only text parts are",
                 f"{at}.type",
             )
-        if not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
+        if not isinstance(part.get("text"), str) or _has_more(part):
             raise InvalidRequestError(f'{at} must be {{"type": "text", "text": string}}', at)
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _has_more(part: dict[str, Any]) -> bool:
+    """Whether a text part has members that nobody would read; null is absent."""
+    return any(value is not None for name, value in part.items() if name not in ("type", "text"))
 
 
 def _member(name: str, value: Any, where: str) -> Any:

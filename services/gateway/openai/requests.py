@@ -124,8 +124,11 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
 
-class ResponseFormat(msgspec.Struct):
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """`json_schema` is known so that the refusal says what is not supported."""
+
     type: str
+    json_schema: Any = None
 
 
 class ChatRequest(CommonRequest, kw_only=True, forbid_unknown_fields=True):
@@ -161,6 +164,10 @@ class ChatRequest(CommonRequest, kw_only=True, forbid_unknown_fields=True):
                 f"response_format of type {self.response_format.type!r} is not supported; "
                 'only {"type": "text"} is',
                 "response_format",
+            )
+        if self.response_format is not None and self.response_format.json_schema is not None:
+            raise InvalidRequestError(
+                "response_format.json_schema is not supported", "response_format.json_schema"
             )
         if self.store:
             raise InvalidRequestError("store=true is not supported", "store")

@@ -6,7 +6,7 @@ import pytest
 from services.bench.engine.config import LatencyConfig, OfflineConfig
 from services.bench.engine.startup import build_engine
 from services.bench.serving.config import ServingConfig
-from services.common.config import kernel_cache_environment, parse_config
+from services.common.config import engine_environment, parse_config
 from services.common.model_files import builtin_model_path
 from services.worker.config import WorkerConfig
 
@@ -95,7 +95,7 @@ def test_chat_sends_text_and_the_others_ids_unless_told():
 
 
 def test_the_folder_of_compiled_kernels_is_the_measured_engines(tmp_path, monkeypatch):
-    for name in kernel_cache_environment(tmp_path):
+    for name in engine_environment(tmp_path):
         monkeypatch.setenv(name, "elsewhere")
     config = WorkerConfig(
         kernel_cache_dir=tmp_path, load_format="dummy", device="cpu", max_total_tokens=64

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.cache_index.index import GPU, HOST, NUM_TIERS, REMOTE, Holder, PrefixIndex
+from services.cache_index.holders import GPU, HOST, NUM_TIERS, REMOTE, Holder
+from services.cache_index.index import PrefixIndex
 from services.common.prefix_hash import ROOT_HASH
 
 CHAIN = [1001, 1002, 1003, 1004, 1005]

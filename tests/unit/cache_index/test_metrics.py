@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from services.cache_index.discovery import Discovery
 from services.cache_index.follower import Follower
-from services.cache_index.index import GPU, PrefixIndex
-from services.cache_index.metrics import IndexCollector, metrics_server
+from services.cache_index.holders import GPU
+from services.cache_index.index import PrefixIndex
+from services.cache_index.metrics import IndexCollector
 
 
 def test_pages_and_prefixes_are_counted_by_worker_and_tier() -> None:
@@ -26,16 +26,3 @@ def test_pages_and_prefixes_are_counted_by_worker_and_tier() -> None:
     assert "rhizome_cache_index_prefixes 3.0" in text
     assert "rhizome_cache_index_orphans_total 1.0" in text
     assert 'rhizome_cache_index_resyncs_total{worker="a"} 0.0' in text
-
-
-def test_metrics_are_served_over_http_and_stop_with_the_block() -> None:
-    index = PrefixIndex(100)
-    with metrics_server(0, IndexCollector(index, Discovery(index, ()))) as port:
-        with urllib.request.urlopen(f"http://localhost:{port}/metrics") as response:
-            assert b"rhizome_cache_index_max_prefixes 100.0" in response.read()
-
-
-def test_without_a_port_nothing_is_served() -> None:
-    index = PrefixIndex(100)
-    with metrics_server(None, IndexCollector(index, Discovery(index, ()))) as port:
-        assert port is None

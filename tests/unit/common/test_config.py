@@ -10,7 +10,7 @@ import pytest
 
 from services.common.config import (
     child_environment,
-    kernel_cache_environment,
+    engine_environment,
     parse_config,
     set_default_environment,
 )
@@ -116,12 +116,20 @@ def test_defaults_of_the_environment_leave_alone_what_is_set(
     assert environment["RHIZOME_TEST_OPEN"] == "default"
 
 
-def test_compiled_kernels_go_where_the_operator_says(tmp_path: Path) -> None:
-    assert kernel_cache_environment(None) == {}
-    places = kernel_cache_environment(tmp_path)
+def test_compiled_kernels_go_where_the_operator_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_BLAS_PREFER_CUBLASLT", raising=False)
+    anywhere = engine_environment(None)
+    assert anywhere == {"TORCH_BLAS_PREFER_CUBLASLT": "1"}
+    places = engine_environment(tmp_path)
+    for name in anywhere:
+        places.pop(name)
     assert set(places) == {
         "TRITON_CACHE_DIR",
         "FLASHINFER_WORKSPACE_BASE",
         "TORCHINDUCTOR_CACHE_DIR",
     }
     assert all(Path(place).is_relative_to(tmp_path) for place in places.values())
+    monkeypatch.setenv("TORCH_BLAS_PREFER_CUBLASLT", "0")
+    assert engine_environment(None) == {"TORCH_BLAS_PREFER_CUBLASLT": "0"}

@@ -12,9 +12,14 @@ from services.gateway.http_errors import HttpError
 from services.gateway.json_body import convert_member, decode_body
 
 
+class Options(msgspec.Struct, forbid_unknown_fields=True):
+    size: int | None = None
+
+
 class Body(msgspec.Struct, forbid_unknown_fields=True):
     count: int | None = None
     inner: Any = None
+    options: Options | None = None
 
 
 DECODER = msgspec.json.Decoder(Body)
@@ -30,6 +35,17 @@ def refused(body: bytes) -> HttpError:
 def test_null_means_absent_also_for_what_is_not_supported() -> None:
     assert decode_body(DECODER, b'{"count": null, "other": null}') == Body()
     assert refused(b'{"count": null, "other": 0}').param == "other"
+
+
+def test_null_means_absent_in_the_members_of_members_too() -> None:
+    body = b'{"options": {"size": 3, "other": null}, "more": null}'
+    assert decode_body(DECODER, body) == Body(options=Options(size=3))
+    assert refused(b'{"options": {"other": 0, "more": null}}').param == "options.other"
+
+
+def test_null_is_a_value_where_no_member_is_declared() -> None:
+    body = b'{"inner": {"const": null}, "other": null}'
+    assert decode_body(DECODER, body) == Body(inner={"const": None})
 
 
 def test_a_wrong_type_names_the_parameter() -> None:

@@ -23,6 +23,14 @@ def test_text_parts_are_joined_and_the_developer_is_the_system() -> None:
     assert (message.role, message.content, message.extra_json) == ("system", "ab", "")
 
 
+def test_null_members_of_a_text_part_are_absent() -> None:
+    part = {"type": "text", "text": "a", "cache_control": None}
+    (message,) = chat_messages([{"role": "user", "content": [part]}])
+    assert message.content == "a"
+    with pytest.raises(InvalidRequestError):
+        chat_messages([{"role": "user", "content": [{**part, "cache_control": {}}]}])
+
+
 def test_an_answer_may_come_back_with_its_empty_members() -> None:
     (message,) = chat_messages(
         [

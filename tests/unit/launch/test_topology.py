@@ -59,7 +59,7 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
     worker = parsed(
         ServeConfig(
             served_model_name="small",
-            tp=2,
+            tp_size=2,
             page_size=32,
             context_length=512,
             max_total_tokens=4096,
@@ -97,12 +97,12 @@ def test_the_grpc_port_follows_the_http_port() -> None:
 
 
 def test_every_replica_has_gpus_of_its_own() -> None:
-    services = parsed(ServeConfig(tp=2, dp=2, base_gpu_id=1))
+    services = parsed(ServeConfig(tp_size=2, dp=2, base_gpu_id=1))
     assert [services[f"worker-{index}"].base_gpu_id for index in range(2)] == [1, 3]
 
 
 def test_a_node_above_0_runs_its_ranks_and_nothing_else() -> None:
-    asked: dict[str, Any] = {"tp": 4, "nnodes": 2, "nccl_init_addr": "node-0:5000"}
+    asked: dict[str, Any] = {"tp_size": 4, "nnodes": 2, "nccl_init_addr": "node-0:5000"}
     first = parsed(ServeConfig(node_rank=0, **asked))
     assert len(first) == 5
     (node,) = parsed(ServeConfig(node_rank=1, disable_custom_all_reduce=True, **asked)).values()
@@ -116,18 +116,21 @@ def test_a_node_above_0_runs_its_ranks_and_nothing_else() -> None:
 
 
 def test_a_check_between_gpus_reaches_the_worker() -> None:
-    assert parsed(ServeConfig(tp=2, enable_p2p_check=True))["worker-0"].enable_p2p_check
-    assert not parsed(ServeConfig(tp=2))["worker-0"].enable_p2p_check
+    assert parsed(ServeConfig(tp_size=2, enable_p2p_check=True))["worker-0"].enable_p2p_check
+    assert not parsed(ServeConfig(tp_size=2))["worker-0"].enable_p2p_check
 
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"tp": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
-        ({"dp": 2, "tp": 2, "nnodes": 2, "nccl_init_addr": "h:1"}, "dp must be 1 with nnodes > 1"),
-        ({"dp": 2, "tp": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
+        ({"tp_size": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
+        (
+            {"dp": 2, "tp_size": 2, "nnodes": 2, "nccl_init_addr": "h:1"},
+            "dp must be 1 with nnodes > 1",
+        ),
+        ({"dp": 2, "tp_size": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
         ({"nccl_init_addr": "h:1"}, "nccl-init-addr is where several ranks meet"),
-        ({"tp": 2, "device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
+        ({"tp_size": 2, "device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
         ({"enable_p2p_check": True}, "enable-p2p-check needs several GPUs"),
         ({"base_gpu_id": -1}, "base_gpu_id must be >= 0"),
     ],

@@ -308,7 +308,7 @@ def test_far_deadlines_of_ended_sequences_are_forgotten(engine):
         engine.send(make_request(key, [1], deadline_ns=10**18 + key))
         engine.cancel(key)
     engine.step()
-    assert len(engine.scheduler._deadlines) < 1_500
+    assert len(engine.scheduler._live._deadlines) < 1_500
     engine.clock.now = 3_000_000
     engine.run()
     assert engine.records[1].error.code == 4

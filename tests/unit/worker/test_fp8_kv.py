@@ -48,6 +48,14 @@ def test_tokens_come_back_rounded_from_their_places(dtype: torch.dtype) -> None:
     assert torch.equal(gathered, expected.view(6, 4, 2, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *FP8_DTYPES])
+def test_tokens_without_a_place_are_not_written(dtype: torch.dtype) -> None:
+    pages = make_pool(dtype).keys(0)
+    write_tokens(pages, torch.tensor([3, 17]), torch.ones(5, 2, 8))
+    written = gather_pages(pages, torch.arange(6), torch.float32).flatten(0, 1).flatten(1)
+    assert written.any(1).nonzero().flatten().tolist() == [3, 17]
+
+
 @pytest.mark.parametrize("dtype", FP8_DTYPES)
 def test_what_is_too_large_becomes_the_largest(dtype: torch.dtype) -> None:
     pages = make_pool(dtype).values(0)

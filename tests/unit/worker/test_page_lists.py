@@ -17,7 +17,6 @@ def make_inputs(random: np.random.Generator, page_size: int, num_rows: int) -> A
         start_positions=(lengths - num_tokens).astype(np.int32),
         host_page_table=table,
         page_table=torch.from_numpy(table),
-        locations=torch.zeros(0, dtype=torch.int64),
     )
 
 

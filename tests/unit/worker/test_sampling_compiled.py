@@ -99,13 +99,31 @@ def test_a_variant_names_all_that_triton_specialises_on(
 
     record_launches(monkeypatch, seen)
     sampler = DeviceSampler(num_slots=17, vocab_size=vocab_size, eos_token_ids=(), device=CPU)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for padding in (0, 1, 16):
             padded = torch.zeros(20, vocab_size + padding, dtype=dtype)
             for first in (0, 1, 2):
                 sample_mixes(sampler, padded[first : first + 17, :vocab_size])
     assert {name for name, _ in found} == {name for _, name, _ in LAUNCHERS}
     assert num_launches > 5 * len(found)
+
+
+def test_no_step_compiles_what_the_start_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[tuple[str, Hashable]] = set()
+
+    def seen(name: str, kernel: Any, variant: Hashable, arguments: tuple[Any, ...]) -> None:
+        found.add((name, variant))
+
+    record_launches(monkeypatch, seen)
+    dtypes = (torch.bfloat16, torch.float32)
+    sampler = DeviceSampler(
+        num_slots=17, vocab_size=32_003, eos_token_ids=(), logits_dtypes=dtypes, device=CPU
+    )
+    at_start = set(found)
+    for dtype in dtypes:
+        sample_mixes(sampler, torch.zeros(17, 32_003, dtype=dtype))
+    assert found == at_start
+    assert len(found) == len(LAUNCHERS) * len(dtypes)
 
 
 def test_the_noise_takes_whole_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:

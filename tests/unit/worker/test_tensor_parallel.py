@@ -217,7 +217,8 @@ def test_every_rank_can_measure_the_largest_steps(model_path: Path) -> None:
     del store
 
 
-def test_the_largest_of_all_shards_is_the_argmax_of_the_whole() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_of_all_shards_is_the_argmax_of_the_whole(dtype: torch.dtype) -> None:
     vocab_size, hidden_size, num_ranks = 11, 8, 4
     generator = torch.Generator().manual_seed(0)
     # Small integers, so that sums are exact and equal logits are common.
@@ -232,10 +233,10 @@ def test_the_largest_of_all_shards_is_the_argmax_of_the_whole() -> None:
     def on_rank(rank: int) -> torch.Tensor:
         own = join_store(address, num_ranks)
         tp_group = group.GlooGroup(own, rank, num_ranks, address.host)
-        placement = Placement(torch.device("cpu"), torch.float32, tp_group)
+        placement = Placement(torch.device("cpu"), dtype, tp_group)
         shard = VocabularyShard("head", vocab_size, hidden_size, placement, is_head=True)
         shard.load("head", weight)
-        found = compute_largest(shard, hidden)
+        found = compute_largest(shard, hidden.to(dtype))
         tp_group.close()
         return found
 

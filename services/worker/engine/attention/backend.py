@@ -1,7 +1,6 @@
 """What attention is told and asked: the interface of every attention backend.
 
-Shapes: T tokens of the step, S rows (sequences) of the step, H query heads, K key/value heads,
-D head size.
+Shapes: T tokens of the step, S rows (sequences) of the step, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from services.worker.engine.batch import Int32Array
@@ -41,32 +41,34 @@ class AttentionInputs:
     # [max slots, max pages of a sequence] page ids by slot, on the host and on the device.
     host_page_table: Int32Array
     page_table: torch.Tensor
-    # [T] on the device, int64: where in the pool (page * page_size + offset) a token's keys go.
-    locations: torch.Tensor
+
+    @property
+    def num_single(self) -> int:
+        """Rows with one token before the first row with several.
+
+        Batches put rows with one token first; one among the others goes with them.
+        """
+        several = np.flatnonzero(self.num_tokens > 1)
+        return int(several[0]) if several.size else len(self.num_tokens)
 
 
 class AttentionBackend(Protocol):
-    """Attention over the page pool.
+    """Attention over the page pool, which it only reads.
 
-    `plan` is called once a step, then `run` once a layer. `run` first writes the step's keys and
-    values, then attends, so rows of one step may share pages.
+    `plan` is called once a step, then `run` once a layer, after the model has written the layer's
+    keys and values of all the step's tokens: rows of one step may share pages.
     """
 
     def plan(self, inputs: AttentionInputs) -> None:
         """Prepare for a step."""
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """q [T, H, D], k and v [T, K, D] -> [T, H, D]; any strides in the first dimension.
+        """[T, H, D], any stride in the first dimension -> [T, H, D].
 
-        Rows beyond the planned tokens are padding: not written, and zero in the result. The
-        result is `out`, contiguous, where that is given.
+        Rows beyond the planned tokens are padding, and zero in the result. The result is `out`,
+        contiguous, where that is given.
         """
 
 

@@ -1,4 +1,4 @@
-"""FlashInfer's decode and cascade calls for steps whose attention is launched one by one.
+"""FlashInfer's calls for rows with one token of which some share prefixes.
 
 A plan is written to pinned memory and copied from there while the host goes on, so plans of
 consecutive steps use different wrappers; with two steps in flight, two are enough.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kv.pool import PagePool, gather_pages, write_tokens
+from services.worker.engine.kv.pool import PagePool, gather_pages
 
 # Query positions of one call: bounds scores and masks of a long prefill.
 _QUERY_BLOCK = 128
@@ -43,7 +43,7 @@ class _Group:
 
 
 class TorchAttention:
-    """Writes keys and values to the pool, gathers them by page table and attends densely.
+    """Gathers keys and values by page table and attends densely.
 
     With `reduce_in_fp32`, scores and probabilities of 16-bit types are float32 numbers throughout.
     """
@@ -64,19 +64,10 @@ class TorchAttention:
         self._groups.clear()
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert self._inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        locations = self._inputs.locations
-        num_tokens = len(locations)
-        write_tokens(keys, locations, k[:num_tokens])
-        write_tokens(values, locations, v[:num_tokens])
         groups = self._groups.get(layer.sliding_window)
         if groups is None:
             groups = self._plan_groups(self._inputs, layer.sliding_window)
@@ -87,7 +78,7 @@ class TorchAttention:
             out[group.tokens] = _attend(
                 q[group.tokens], keys, values, group, layer, in_fp32=self._reduce_in_fp32
             )
-        out[num_tokens:] = 0
+        out[self._inputs.num_tokens.sum() :] = 0
         return out
 
     def _plan_groups(self, inputs: AttentionInputs, window: int | None) -> list[_Group]:

@@ -1,11 +1,10 @@
 """Attention by kernels of our own in Triton, for CUDA devices and every shape.
 
 Rows with one token go through the decode kernel, rows with several through the prefill kernel, so
-a mixed step is two launches a layer beside the write of keys and values. Head sizes to
-256, any number of query heads to a key/value head, windows, soft caps and scales; 16-bit
-types and float32.
+a mixed step is two launches a layer. Head sizes to 256, any number of query heads to a key/value
+head, windows, soft caps and scales; 16-bit types and float32.
 
-Shapes: T tokens, S rows, H query heads, K key/value heads, D head size.
+Shapes: T tokens, S rows, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import torch
 from services.worker.engine.attention.backend import AttentionInputs, AttentionLayer
 from services.worker.engine.attention.upload import upload, upload_into
 from services.worker.engine.batch import Int32Array
-from services.worker.engine.kernels.fused import write_kv
 from services.worker.engine.kernels.paged_attention import Softmax, parts_of_weights
-from services.worker.engine.kernels.paged_decode import PagedDecode
+from services.worker.engine.kernels.paged_decode import PART_FIELDS, PagedDecode
 from services.worker.engine.kernels.paged_prefill import PagedPrefill
 from services.worker.engine.kv.pool import PagePool
 
@@ -63,24 +61,35 @@ class TritonAttention:
             device=device,
             weight_parts=weight_parts,
         )
-        self._captured_rows = torch.zeros(max_rows, 3, dtype=torch.int64, device=device)
+        self._captured_parts = torch.zeros(
+            self._decode.most_parts(max_rows), PART_FIELDS, dtype=torch.int64, device=device
+        )
         self._inputs: AttentionInputs | None = None
-        # [S, 3] of the rows with one token, which are the step's first.
-        self._rows = self._captured_rows[:0]
+        self._num_tokens = 0
+        # Rows with one token, which are the step's first, and their keys' parts as the decode
+        # kernel takes them.
+        self._num_single = 0
+        self._parts = self._captured_parts[:0]
         # [blocks, 4] of the other rows, as the prefill kernel takes them.
         self._blocks: torch.Tensor | None = None
 
     def plan(self, inputs: AttentionInputs) -> None:
-        self._inputs = inputs
-        several = np.flatnonzero(inputs.num_tokens > 1)
-        # Batches put rows with one token first; one among the others is a block of one token.
-        num_single = int(several[0]) if several.size else len(inputs.slots)
-        rows = self._decode.list_rows(
-            inputs.slots[:num_single], inputs.start_positions[:num_single]
-        )
-        blocks = self._list_blocks(inputs, num_single)
-        rows_there, blocks_there = upload(self._pool.tensor.device, rows.ravel(), blocks.ravel())
-        self._rows = rows_there.view(-1, 3)
+        num_single = inputs.num_single
+        self._plan(inputs, num_single, self._list_blocks(inputs, num_single))
+
+    def plan_single(self, inputs: AttentionInputs) -> None:
+        """Prepare for the rows with one token alone, which `run_single` computes."""
+        self._plan(inputs, inputs.num_single, np.zeros((0, 4), np.int64))
+
+    def _plan(
+        self, inputs: AttentionInputs, num_single: int, blocks: npt.NDArray[np.int64]
+    ) -> None:
+        self._inputs, self._num_single = inputs, num_single
+        self._num_tokens = int(inputs.num_tokens.sum())
+        rows = slice(0, num_single)
+        parts = self._decode.list_parts(inputs.slots[rows], inputs.start_positions[rows])
+        parts_there, blocks_there = upload(self._pool.tensor.device, parts.ravel(), blocks.ravel())
+        self._parts = parts_there.view(-1, PART_FIELDS)
         self._blocks = blocks_there.view(-1, 4) if len(blocks) else None
 
     def wants_eager(
@@ -90,28 +99,23 @@ class TritonAttention:
 
     def plan_captured(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
+        self._num_tokens = len(inputs.slots)
         self._blocks = None
-        self._rows = self._captured_rows[: len(inputs.slots)]
-        upload_into(self._rows, self._decode.list_rows(inputs.slots, inputs.start_positions))
+        self._num_single = len(inputs.slots)
+        parts = self._decode.list_parts(inputs.slots, inputs.start_positions, padded=True)
+        self._parts = self._captured_parts[: len(parts)]
+        upload_into(self._parts, parts)
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         inputs = self._inputs
         assert inputs is not None, "plan() comes before run()"
         keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        num_tokens = len(inputs.locations)
-        write_kv(k, v, keys, values, inputs.locations)
         softmax = Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if len(self._rows):
-            self._decode.run(q, keys, values, out, self._rows, inputs.page_table, softmax)
+        self.run_single(q, layer, out)
         if self._blocks is not None:
             self._prefill.run(
                 q,
@@ -123,9 +127,25 @@ class TritonAttention:
                 softmax,
                 has_window=layer.sliding_window is not None,
             )
-        if len(q) > num_tokens:
-            out[num_tokens:] = 0
+        if len(q) > self._num_tokens:
+            out[self._num_tokens :] = 0
         return out
+
+    def run_single(self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor) -> None:
+        """The planned rows with one token, whose keys and values are written, into `out`."""
+        if not self._num_single:
+            return
+        assert self._inputs is not None, "plan() comes before run()"
+        self._decode.run(
+            q,
+            self._pool.keys(layer.index),
+            self._pool.values(layer.index),
+            out,
+            self._parts,
+            self._inputs.page_table,
+            Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window),
+            num_rows=self._num_single,
+        )
 
     def _list_blocks(self, inputs: AttentionInputs, first_row: int) -> npt.NDArray[np.int64]:
         """Rows from `first_row` on, cut in blocks; those that see most come first."""

@@ -6,7 +6,6 @@ prefill a row of as many as the step's budget allows, and one code path plans bo
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from services.worker.engine.batching.admission import (
 )
 from services.worker.engine.batching.budget import GrowthEstimate, TokenBudget
 from services.worker.engine.batching.cache import SequenceCache
+from services.worker.engine.batching.live import LiveSequences
 from services.worker.engine.batching.outputs import OutputCollector
 from services.worker.engine.batching.policy import SchedulePolicy, admission_order
 from services.worker.engine.batching.running import RunningSequences
@@ -43,8 +43,6 @@ _DEADLINE_EXCEEDED = 4
 
 # How often the cost of evicting is worked out; it takes a few milliseconds.
 _EVICTION_INTERVAL_NS = 1_000_000_000
-# Deadlines of ended sequences that are kept before the heap is rebuilt.
-_DEADLINE_SLACK = 1024
 
 
 class BatchScheduler:
@@ -84,8 +82,7 @@ class BatchScheduler:
         self._running = RunningSequences(self._cache, min(max_running_sequences, max_step_tokens))
         self._slots = self._running.slots
         self._waiting, self._order = WaitingQueue(), admission_order(policy)
-        self._live: dict[int, Sequence] = {}
-        self._deadlines: list[tuple[int, int]] = []
+        self._live = LiveSequences()
         self._growth = GrowthEstimate() if growth is None else growth
         self._issued: deque[IssuedStep] = deque()
         self._outputs = OutputCollector()
@@ -120,10 +117,8 @@ class BatchScheduler:
         sequence = make_sequence(
             request, self._cache, self._eos_token_ids, max_len=self._max_len, now=now
         )
-        self._live[sequence.key] = sequence
+        self._live.add(sequence)
         self._outputs.accept(request.reservation_id)
-        if request.deadline_ns is not None:
-            self._note_deadline(request.deadline_ns, sequence.key)
         self._waiting.add(sequence, self._num_uncached(sequence))
         ended = finish_on_arrival(sequence)
         if ended is not None:
@@ -137,7 +132,7 @@ class BatchScheduler:
 
     def fail_all(self, code: int, message: str) -> None:
         """End every live sequence with an error."""
-        for sequence in list(self._live.values()):
+        for sequence in self._live:
             self._fail(sequence, code, message)
 
     def flush_cache(self) -> None:
@@ -364,21 +359,10 @@ class BatchScheduler:
 
     # Endings
 
-    def _note_deadline(self, deadline_ns: int, key: int) -> None:
-        if len(self._deadlines) > 2 * len(self._live) + _DEADLINE_SLACK:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (deadline_ns, key))
-
     def _expire(self, now: int) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, key = heapq.heappop(self._deadlines)
-            sequence = self._live.get(key)
-            if sequence is not None:
-                state = "waiting" if sequence.admitted_ns is None else "running"
-                self._fail(
-                    sequence, _DEADLINE_EXCEEDED, f"the deadline passed while it was {state}"
-                )
+        for sequence in self._live.pop_expired(now):
+            state = "waiting" if sequence.admitted_ns is None else "running"
+            self._fail(sequence, _DEADLINE_EXCEEDED, f"the deadline passed while it was {state}")
 
     def _preempt_newest(self) -> None:
         """The newest of the lowest priority waits again; its full pages stay for its return."""
@@ -398,7 +382,7 @@ class BatchScheduler:
         self._outputs.fail(sequence.key, code, message, sequence.request.reservation_id)
 
     def _drop(self, sequence: Sequence) -> None:
-        del self._live[sequence.key]
+        self._live.remove(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
         else:

@@ -3,7 +3,8 @@
 Sums and products are in float32; what the torch path rounds before a weight or a gate is applied
 is rounded here too.
 
-Shapes: T tokens, E hidden size, F intermediate size, N heads, D head size, K key/value heads.
+Shapes: T tokens, E hidden size, F intermediate size, H query heads, K key/value heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from services.worker.engine.kernels.dependent_launch import (
 )
 
 _COLUMNS = 1024
+# Heads of a program.
 _HEADS = 4
 
 
@@ -76,54 +78,84 @@ def _norm_heads(first, second, weight, columns, HALF: tl.constexpr, eps):
 
 
 @triton.jit
-def _rotate(
-    x, cos, sin, out, query_norm, key_norm, x_stride, num_heads, num_queries, eps,
-    HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    if DEPENDENT:
-        allow_dependents()
-        wait_for_predecessors()
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    columns = tl.arange(0, PADDED)[None, :]
-    inside = (heads < num_heads) & (columns < HALF)
-    c = tl.load(cos + token * HALF + columns, columns < HALF).to(tl.float32)
-    s = tl.load(sin + token * HALF + columns, columns < HALF).to(tl.float32)
-    offsets = heads * (2 * HALF) + columns
-    source = x + token * x_stride + offsets
-    target = out + token * num_heads * (2 * HALF) + offsets
-    first = tl.load(source, inside, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        is_query = heads < num_queries
-        query = _norm_heads(first, second, query_norm, columns, HALF, eps)
-        key = _norm_heads(first, second, key_norm, columns, HALF, eps)
-        first = tl.where(is_query, query[0], key[0])
-        second = tl.where(is_query, query[1], key[1])
-    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), inside)
-    tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), inside)
+def _store(target, numbers, inside, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """Numbers rounded to DTYPE, and then to what a smaller type of the target can hold."""
+    rounded = numbers.to(DTYPE)
+    if LARGEST is not None:
+        rounded = tl.minimum(tl.maximum(rounded.to(tl.float32), -LARGEST), LARGEST)
+    tl.store(target, rounded.to(target.dtype.element_ty), inside)
 
 
 @triton.jit
-def _write(
-    k, v, keys, values, locations, k_stride, v_stride, size, LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+def _rotate_heads(
+    source, target, cos, sin, weight, eps, first_head, num_heads, HALF: tl.constexpr,
+    PADDED: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    """Heads from `first_head` on, of `num_heads` of one token that lie side by side."""
+    heads = first_head + tl.arange(0, HEADS)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    inside = (heads < num_heads) & (columns < HALF)
+    offsets = heads * (2 * HALF) + columns
+    first = tl.load(source + offsets, inside, other=0.0).to(tl.float32)
+    second = tl.load(source + offsets + HALF, inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + columns, columns < HALF).to(tl.float32)
+    s = tl.load(sin + columns, columns < HALF).to(tl.float32)
+    if HAS_NORM:
+        first, second = _norm_heads(first, second, weight, columns, HALF, eps)
+    dtype = source.dtype.element_ty
+    _store(target + offsets, first * c - second * s, inside, dtype, LARGEST)
+    _store(target + offsets + HALF, second * c + first * s, inside, dtype, LARGEST)
+
+
+@triton.jit
+def _copy_heads(
+    source, target, first_head, num_heads, HALF: tl.constexpr, PADDED: tl.constexpr,
+    HEADS: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    heads = first_head + tl.arange(0, HEADS)[:, None]
+    columns = tl.arange(0, 2 * PADDED)[None, :]
+    inside = (heads < num_heads) & (columns < 2 * HALF)
+    offsets = heads * (2 * HALF) + columns
+    numbers = tl.load(source + offsets, inside)
+    _store(target + offsets, numbers, inside, source.dtype.element_ty, LARGEST)
+
+
+@triton.jit
+def _rotate_and_write(
+    qkv, cos, sin, queries, keys, values, locations, query_weight, key_weight, stride, eps,
+    NUM_QUERIES: tl.constexpr, NUM_KEYS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, LARGEST: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Up to HEADS heads of one token, all of a kind: queries come first, values last."""
     if DEPENDENT:
         allow_dependents()
         wait_for_predecessors()
+    size: tl.constexpr = 2 * HALF
+    query_blocks: tl.constexpr = (NUM_QUERIES + HEADS - 1) // HEADS
+    key_blocks: tl.constexpr = (NUM_KEYS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
-    target = tl.load(locations + token) * size
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    new_keys = tl.load(k + token * k_stride + columns, inside)
-    new_values = tl.load(v + token * v_stride + columns, inside)
-    if LARGEST is not None:
-        new_keys = tl.minimum(tl.maximum(new_keys.to(tl.float32), -LARGEST), LARGEST)
-        new_values = tl.minimum(tl.maximum(new_values.to(tl.float32), -LARGEST), LARGEST)
-    tl.store(keys + target + columns, new_keys.to(keys.dtype.element_ty), inside)
-    tl.store(values + target + columns, new_values.to(values.dtype.element_ty), inside)
+    block = tl.program_id(1)
+    source = qkv + token * stride
+    angles = token * HALF
+    if block < query_blocks:
+        _rotate_heads(
+            source, queries + token * (NUM_QUERIES * size), cos + angles, sin + angles,
+            query_weight, eps, block * HEADS, NUM_QUERIES, HALF, PADDED, HEADS, HAS_NORM, None,
+        )  # fmt: skip
+    else:
+        place = tl.load(locations + token) * (NUM_KEYS * size)
+        if block < query_blocks + key_blocks:
+            _rotate_heads(
+                source + NUM_QUERIES * size, keys + place, cos + angles, sin + angles,
+                key_weight, eps, (block - query_blocks) * HEADS, NUM_KEYS, HALF, PADDED, HEADS,
+                HAS_NORM, LARGEST,
+            )  # fmt: skip
+        else:
+            _copy_heads(
+                source + (NUM_QUERIES + NUM_KEYS) * size, values + place,
+                (block - query_blocks - key_blocks) * HEADS, NUM_KEYS, HALF, PADDED, HEADS,
+                LARGEST,
+            )  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -160,60 +192,34 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, N, D], heads side by side -> the same rotated, contiguous; cos, sin [T, 1, D / 2]."""
-    return _rotated(x, cos, sin, x, x, 0, 0.0, has_norm=False)
-
-
-def norm_rotate(
-    x: torch.Tensor,
+def rotate_and_write(
+    qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    num_queries: int,
-    eps: float,
-) -> torch.Tensor:
-    """The same after a norm of each head: the first `num_queries` are queries, others keys."""
-    return _rotated(x, cos, sin, query_weight, key_weight, num_queries, eps, has_norm=True)
-
-
-def _rotated(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    num_queries: int,
-    eps: float,
-    *,
-    has_norm: bool,
-) -> torch.Tensor:
-    num_tokens, num_heads, head_dim = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    half = head_dim // 2
-    _rotate[(num_tokens, triton.cdiv(num_heads, _HEADS))](
-        x, cos, sin, out, query_weight, key_weight, x.stride(0), num_heads, num_queries, eps,
-        HALF=half, PADDED=triton.next_power_of_2(half), HEADS=_HEADS, HAS_NORM=has_norm,
-        **launch_options(x.device),
-    )  # fmt: skip
-    return out
-
-
-def write_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     locations: torch.Tensor,
-) -> None:
-    """[T, K, D] keys and values to places [T] of the pool's layer, [pages, page size, K, D].
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """Heads of queries, keys and values side by side [T, (H + 2 K) D] -> rotated queries [T, H, D].
 
-    What an FP8 pool cannot hold becomes its largest value of that sign.
+    Rotated keys, and values, go to places [T] of the pool's layer, `keys` and `values` [pages, page
+    size, K, D], each contiguous; what an FP8 pool cannot hold becomes its largest value of that
+    sign. cos and sin are [T, 1, D / 2]. With `norm_weights`, those of queries and of keys, heads
+    are normed before they are rotated.
     """
-    size = keys.shape[2] * keys.shape[3]
-    largest = torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else None
-    _write[(len(locations),)](
-        k, v, keys, values, locations, k.stride(0), v.stride(0), size, LARGEST=largest,
-        BLOCK=triton.next_power_of_2(size), **launch_options(k.device),
+    num_keys, head_dim = keys.shape[2:]
+    num_tokens, half = len(qkv), head_dim // 2
+    num_queries = qkv.shape[1] // head_dim - 2 * num_keys
+    query_weight, key_weight = (qkv, qkv) if norm_weights is None else norm_weights
+    queries = qkv.new_empty(num_tokens, num_queries, head_dim)
+    blocks = triton.cdiv(num_queries, _HEADS) + 2 * triton.cdiv(num_keys, _HEADS)
+    _rotate_and_write[(num_tokens, blocks)](
+        qkv, cos, sin, queries, keys, values, locations, query_weight, key_weight, qkv.stride(0),
+        eps, NUM_QUERIES=num_queries, NUM_KEYS=num_keys, HALF=half,
+        PADDED=triton.next_power_of_2(half), HEADS=_HEADS, HAS_NORM=norm_weights is not None,
+        LARGEST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else None,
+        num_warps=2, **launch_options(qkv.device),
     )  # fmt: skip
+    return queries

@@ -1,6 +1,7 @@
 """Products of a weight matrix with few rows, at the speed at which memory gives the weights.
 
-y = x W^T for up to MAX_TOKENS rows of x, sums in float32. What stands around such a product in a
+y = x W^T for up to MAX_TOKENS rows of x (MAX_GATED_TOKENS of a gated layer, whose activation saves
+another launch), sums in float32. What stands around such a product in a
 decoder is done in the same launch: for one token the norm of x before it (its scale is applied to
 the sums, so x is read once), and after it the bias, the gated activation or the residual's
 addition. Weights may be float8 with one float32 scale per output.
@@ -26,11 +27,11 @@ from services.worker.engine.kernels.dependent_launch import (
     wait_for_predecessors,
 )
 
-MAX_TOKENS = 32
+MAX_TOKENS, MAX_GATED_TOKENS = 32, 64
 # Fewer outputs than this are too few programs to keep the memory busy: smaller tiles for one
 # token, cuBLAS (which divides K as well) for several.
 _MIN_ROWS = 4096
-# Shared memory that the tiles of several tokens fill, at MAX_TOKENS.
+# Shared memory that the tiles of several tokens fill at most, at MAX_TOKENS.
 SHARED_BYTES = 192 * 1024
 # Features are read 16 at a time, which aligns every row for the widest loads.
 _FEATURE_MULTIPLE = 16
@@ -166,7 +167,7 @@ def _few_tokens(
     )  # fmt: skip
 
 
-def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def takes(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> bool:
     """Whether these kernels compute this product, and faster than cuBLAS does.
 
     Several tokens: their tiles want the shared memory of a data centre's Hopper GPU or a later
@@ -178,7 +179,8 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if len(x) == 1:
         return True
     is_large = num_rows >= _MIN_ROWS and weight.dtype == x.dtype
-    return is_large and 1 < len(x) <= MAX_TOKENS and _has_room(x.device)
+    most = MAX_GATED_TOKENS if gated else MAX_TOKENS
+    return is_large and 1 < len(x) <= most and _has_room(x.device)
 
 
 @functools.cache
@@ -246,7 +248,8 @@ def _launch(
         x, x.stride(0), weight, x if norm_weight is None else norm_weight,
         x if scale is None else scale, x if bias is None else bias,
         x if residual is None else residual, out, eps,
-        num_tokens, num_rows, K=size, TOKENS=1 if num_tokens == 1 else 16 * -(-num_tokens // 16),
+        num_tokens, num_rows, K=size,
+        TOKENS=1 if num_tokens == 1 else max(16, triton.next_power_of_2(num_tokens)),
         ROWS=tile.rows, BLOCK=tile.block, STAGES=tile.num_stages, GATED=gated,
         HAS_NORM=norm_weight is not None, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, num_warps=tile.num_warps, **launch_options(x.device),
@@ -256,6 +259,8 @@ def _launch(
 @functools.cache
 def choose_tile(num_tokens: int, num_rows: int, size: int) -> Tile:
     """The tile that won for such a product on an H100, see bench/results/matvec_gpu.md."""
+    if num_tokens > MAX_TOKENS:
+        return Tile(rows=64, block=128, num_warps=4, num_stages=3)
     if num_tokens > 1:
         return Tile(rows=64, block=128, num_warps=4, num_stages=8)
     block = min(2048, max(256, triton.next_power_of_2(size)))

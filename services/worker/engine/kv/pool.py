@@ -6,6 +6,7 @@ Shapes: N pages, P tokens a page, H this rank's key/value heads, D head size.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,6 +44,15 @@ class PagePool:
         return self.tensor[layer, 1]
 
 
+@dataclass(frozen=True, slots=True)
+class StepPlaces:
+    """Where a step's keys and values go, in every layer of `pool`."""
+
+    pool: PagePool
+    # [T] on the device, int64: page * P + offset. Tokens beyond these are padding.
+    locations: torch.Tensor
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -52,11 +62,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def write_tokens(pages: torch.Tensor, locations: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Tokens [T, H, D] to places [T] (page * P + offset) of one layer's `pages` [N, P, H, D].
+    """Tokens [T, H, D] to places (page * P + offset) of one layer's `pages` [N, P, H, D].
 
-    What an FP8 pool cannot hold becomes its largest value of that sign.
+    Tokens beyond as many as there are places are padding, which is not written. What an FP8 pool
+    cannot hold becomes its largest value of that sign.
     """
     places = pages.flatten(0, 1)
+    tokens = tokens[: len(locations)]
     if not _is_fp8(pages.dtype):
         places.index_copy_(0, locations, tokens)
         return

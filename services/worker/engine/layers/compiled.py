@@ -3,7 +3,8 @@
 For types and devices that have no kernels of our own. The arithmetic is the torch path's, fused;
 sums may differ from it in the last bits. Compiled at first use for any number of tokens.
 
-Shapes: T tokens, E hidden size, F intermediate size, N heads, D head size.
+Shapes: T tokens, E hidden size, F intermediate size, H query heads, K key/value heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from services.worker.engine.kv.pool import write_tokens
 from services.worker.engine.layers.rotary import rotate as plain_rotate
 
 
@@ -44,26 +46,32 @@ class CompiledKernels:
         product: torch.Tensor = self._silu_mul(gate_up)
         return product
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """[T, N, D] -> the same rotated; cos, sin [T, 1, D / 2]."""
-        rotated: torch.Tensor = self._rotate(x, cos, sin)
-        return rotated
-
-    def norm_rotate(
+    def rotate_and_write(
         self,
-        x: torch.Tensor,
+        qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        num_queries: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        locations: torch.Tensor,
+        norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> torch.Tensor:
-        """The same after a norm of each head: the first `num_queries` are queries, others keys."""
-        rotated: torch.Tensor = self._norm_rotate(
-            x, cos, sin, query_weight, key_weight, num_queries, eps
-        )
-        return rotated
+        """[T, (H + 2 K) D] -> rotated queries [T, H, D]; keys and values go to the pool's layer.
+
+        With `norm_weights`, those of queries and of keys, heads are normed before they are rotated.
+        """
+        num_keys, head_dim = keys.shape[2:]
+        heads = qkv.view(len(qkv), -1, head_dim)
+        num_queries = heads.shape[1] - 2 * num_keys
+        qk: torch.Tensor
+        if norm_weights is None:
+            qk = self._rotate(heads[:, :-num_keys], cos, sin)
+        else:
+            qk = self._norm_rotate(heads[:, :-num_keys], cos, sin, *norm_weights, num_queries, eps)
+        write_tokens(keys, locations, qk[:, num_queries:])
+        write_tokens(values, locations, heads[:, -num_keys:])
+        return qk[:, :num_queries]
 
 
 def _compiled(function: Callable[..., torch.Tensor]) -> Any:

@@ -18,16 +18,15 @@ class FusedKernels(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor: ...
-
-    def norm_rotate(
+    def rotate_and_write(
         self,
-        x: torch.Tensor,
+        qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        num_queries: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        locations: torch.Tensor,
+        norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> torch.Tensor: ...
 

@@ -98,7 +98,7 @@ class ColumnParallelLinear:
         weight, scale = self.matrix.weight, self.matrix.scale
         if not isinstance(x, torch.Tensor) or (norm is not None and len(x) > 1):
             return None
-        kernels = few_token_kernels(x, weight)
+        kernels = few_token_kernels(x, weight, gated=True)
         if kernels is None:
             return None
         if norm is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 class FewTokenKernels(Protocol):
     """What `services.worker.engine.kernels.matvec` offers."""
 
-    def takes(self, x: torch.Tensor, weight: torch.Tensor) -> bool: ...
+    def takes(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> bool: ...
 
     def matvec(
         self,
@@ -46,14 +46,16 @@ def has_few_token_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32
 
 
-def few_token_kernels(x: torch.Tensor, weight: torch.Tensor) -> FewTokenKernels | None:
+def few_token_kernels(
+    x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False
+) -> FewTokenKernels | None:
     """The kernels, if this product is for them."""
     if not has_few_token_kernels(x.device, x.dtype):
         return None
     # Imported where there is a GPU: other machines may lack Triton.
     from services.worker.engine.kernels import matvec
 
-    return matvec if matvec.takes(x, weight) else None
+    return matvec if matvec.takes(x, weight, gated=gated) else None
 
 
 def multiply(
@@ -66,9 +68,9 @@ def multiply(
     return F.linear(x, weight, bias)
 
 
-def multiply_to_float(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same with the result in float32."""
+def multiply_unrounded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same; our own kernels' sums stay in float32, and cuBLAS's come as it rounds them."""
     kernels = few_token_kernels(x, weight)
     if kernels is not None:
         return kernels.matvec(x, weight, out_dtype=torch.float32)
-    return F.linear(x, weight).float()
+    return F.linear(x, weight)

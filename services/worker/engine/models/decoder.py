@@ -7,16 +7,19 @@ heads of this rank, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from services.worker.engine.attention.backend import AttentionBackend, AttentionLayer
+from services.worker.engine.kv.pool import StepPlaces, write_tokens
 from services.worker.engine.layers.embedding import (
     VocabularyShard,
     compute_largest,
     compute_logits,
     embed,
+    logits_dtypes,
 )
 from services.worker.engine.layers.fp8 import Fp8Rows, Rows
 from services.worker.engine.layers.fused import fused_kernels
@@ -28,8 +31,22 @@ from services.worker.engine.layers.rotary import RotaryTable, rotate
 from services.worker.engine.models.config import ModelConfig
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the layers of one forward pass share."""
+
+    # [T, 1, D / 2]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    places: StepPlaces
+    backend: AttentionBackend
+
+
 class Attention:
-    """Projections, optional norms of heads, rotation; the attention itself is the backend's."""
+    """Projections, optional norms of heads, rotation, the write of keys and values.
+
+    The attention itself is the backend's.
+    """
 
     def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
         head_dim = config.head_dim
@@ -65,44 +82,42 @@ class Attention:
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads, _ = (size // head_dim for size in self.qkv.sizes)
 
-    def forward(
-        self,
-        x: Rows,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        backend: AttentionBackend,
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, step: _Step) -> torch.Tensor:
         """[T, E] -> [T, E]"""
-        return self.output.forward(self.attend(self.qkv.forward(x), cos, sin, backend))
+        return self.output.forward(self.attend(self.qkv.forward(x), step))
 
-    def attend(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
-    ) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, step: _Step) -> torch.Tensor:
         """[T, (H + 2 K) D] -> [T, H D]"""
+        queries = self._rotate_and_write(qkv, step)
+        return step.backend.run(queries, self.spec).flatten(1)
+
+    def _rotate_and_write(self, qkv: torch.Tensor, step: _Step) -> torch.Tensor:
+        """Queries [T, H, D], rotated; keys and values go to the pool.
+
+        Heads of queries and keys are normed first if there are norms.
+        """
+        pool, locations = step.places.pool, step.places.locations
+        keys, values = pool.keys(self.spec.index), pool.values(self.spec.index)
+        if self._fused is not None:
+            weights, eps = None, 0.0
+            if self.norms is not None:
+                q_norm, k_norm = self.norms
+                weights, eps = (q_norm.weight, k_norm.weight), q_norm.eps
+            return self._fused.rotate_and_write(
+                qkv, step.cos, step.sin, keys, values, locations, weights, eps
+            )
         heads = qkv.view(len(qkv), -1, self._head_dim)
         rotated_heads = self._num_heads + self._num_kv_heads
         # Queries and keys lie side by side, so one rotation serves both.
-        qk = self._rotate(heads[:, :rotated_heads], cos, sin)
-        out = backend.run(
-            qk[:, : self._num_heads],
-            qk[:, self._num_heads :],
-            heads[:, rotated_heads:],
-            self.spec,
-        )
-        return out.flatten(1)
-
-    def _rotate(self, qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """[T, H + K, D], after the heads' norms if there are any."""
-        if self.norms is None:
-            return rotate(qk, cos, sin) if self._fused is None else self._fused.rotate(qk, cos, sin)
-        q_norm, k_norm = self.norms
-        if self._fused is not None:
-            return self._fused.norm_rotate(
-                qk, cos, sin, q_norm.weight, k_norm.weight, self._num_heads, q_norm.eps
-            )
-        q = q_norm.forward(qk[:, : self._num_heads])
-        k = k_norm.forward(qk[:, self._num_heads :])
-        return rotate(torch.cat((q, k), dim=1), cos, sin)
+        qk = heads[:, :rotated_heads]
+        if self.norms is not None:
+            q_norm, k_norm = self.norms
+            q, k = qk[:, : self._num_heads], qk[:, self._num_heads :]
+            qk = torch.cat((q_norm.forward(q), k_norm.forward(k)), dim=1)
+        qk = rotate(qk, step.cos, step.sin)
+        write_tokens(keys, locations, qk[:, self._num_heads :])
+        write_tokens(values, locations, heads[:, rotated_heads:])
+        return qk[:, : self._num_heads]
 
 
 class Mlp:
@@ -167,17 +182,11 @@ class DecoderLayer:
             "post_attention_layernorm", size, eps, placement, self.mlp.gate_up.matrix.kernels
         )
 
-    def forward(
-        self,
-        residual: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        backend: AttentionBackend,
-    ) -> torch.Tensor:
+    def forward(self, residual: torch.Tensor, step: _Step) -> torch.Tensor:
         """[T, E] -> [T, E], norms and additions being part of the products where they can be."""
         attention = self.attention
         qkv = attention.qkv.forward_normed(residual, self.input_norm)
-        attended = attention.attend(qkv, cos, sin, backend)
+        attended = attention.attend(qkv, step)
         residual = attention.output.forward_add(attended, residual)
         return self.mlp.forward_add(residual, self.mlp_norm)
 
@@ -224,18 +233,22 @@ class Decoder:
             yield "", self._head
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        places: StepPlaces,
+        backend: AttentionBackend,
     ) -> torch.Tensor:
-        """[T] ids and positions -> [T, E] after the last norm."""
-        cos, sin = self._rotary.at(positions)
+        """[T] ids and positions -> [T, E] after the last norm; keys and values go to `places`."""
+        step = _Step(*self._rotary.at(positions), places, backend)
         residual = embed(self._embedding, token_ids)
         if self._fuses_products and len(token_ids) == 1:
             for layer in self._layers:
-                residual = layer.forward(residual, cos, sin, backend)
+                residual = layer.forward(residual, step)
             return self._norm.forward(residual)
         x = self._layers[0].input_norm.forward_rows(residual)
         for index, layer in enumerate(self._layers):
-            x = layer.attention.forward(x, cos, sin, backend)
+            x = layer.attention.forward(x, step)
             x, residual = layer.mlp_norm.forward_add(x, residual)
             x = layer.mlp.forward(x)
             following = (
@@ -246,8 +259,13 @@ class Decoder:
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> [R, V] in float32."""
+        """[R, E] -> [R, V], in one of `logits_dtypes`."""
         return compute_logits(self._head, hidden)
+
+    @property
+    def logits_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The types that `logits` may give, by the number of rows."""
+        return logits_dtypes(self._head)
 
     def largest(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R] ids of the largest logits, without bringing all logits to every rank."""

@@ -14,8 +14,14 @@ import torch
 
 from services.worker.engine.attention.backend import CapturableAttention
 from services.worker.engine.batch import StepPlan
+from services.worker.engine.kv.pool import PagePool, StepPlaces
 from services.worker.engine.models.decoder import Decoder
-from services.worker.engine.runner.inputs import PACKED_ROWS, SlotTables, StepInputs
+from services.worker.engine.runner.inputs import (
+    PACKED_ROWS,
+    SlotTables,
+    StepInputs,
+    padding_only,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +50,14 @@ class DecodeGraphs:
         *,
         model: Decoder,
         backend: CapturableAttention,
+        pool: PagePool,
         tables: SlotTables,
         sizes: tuple[int, ...],
         device: torch.device,
     ) -> None:
         self._model = model
         self._backend = backend
+        self._pool = pool
         self._tables = tables
         self._device = device
         self._sizes = np.array(sorted(sizes))
@@ -92,9 +100,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture(self, size: int) -> _Captured:
         packed = self._packed[: PACKED_ROWS * size].view(PACKED_ROWS, size)
-        self._backend.plan_captured(
-            self._tables.prepare_captured(_padding_only(), packed).attention
-        )
+        self._backend.plan_captured(self._tables.prepare_captured(padding_only(), packed).attention)
         # The first run loads kernels and makes handles, which a capture may not.
         hidden = self._run(packed)
         if self._hidden is None:
@@ -106,25 +112,11 @@ class DecodeGraphs:
 
     def _run(self, packed: torch.Tensor) -> torch.Tensor:
         token_ids = self._tables.resolve(packed[0], packed[1])
-        return self._model.forward(token_ids, packed[2], self._backend)
+        places = StepPlaces(self._pool, packed[3])
+        return self._model.forward(token_ids, packed[2], places, self._backend)
 
 
 def decode_graph_sizes(max_rows: int) -> tuple[int, ...]:
     """1, 2, 4, then every 8 to 256 and every 16 to 512, up to the first that holds `max_rows`."""
     sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
     return sizes[: np.searchsorted(sizes, max(max_rows, 8)) + 1]
-
-
-def _padding_only() -> StepPlan:
-    empty = np.zeros(0, np.int32)
-    return StepPlan(
-        step_number=0,
-        slots=empty,
-        num_tokens=empty,
-        start_positions=empty,
-        token_ids=empty,
-        sample_rows=empty,
-        page_slots=empty,
-        page_indices=empty,
-        page_ids=empty,
-    )

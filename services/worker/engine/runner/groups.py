@@ -31,6 +31,10 @@ def take_gpu(options: EngineOptions, device: torch.device, rank: int) -> None:
             f"but this host has {torch.cuda.device_count()}"
         )
     torch.cuda.set_device(_gpu_id(options, rank))
+    # Its heuristics choose faster kernels than cuBLAS's own for 48 to 200 rows: 45 instead of 53 us
+    # for 128 rows of an 8B model's down projection on an H100. Engines' environment says so too.
+    if torch.backends.cuda.preferred_blas_library().name != "Cublaslt":
+        torch.backends.cuda.preferred_blas_library("cublaslt")
 
 
 def make_group(

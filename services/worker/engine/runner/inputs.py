@@ -24,6 +24,8 @@ class StepInputs:
     # [T] on the device, int64; on a CPU with padding up to MIN_CPU_ROWS.
     token_ids: torch.Tensor
     positions: torch.Tensor
+    # Of as many tokens on the device, int64, without a CPU's padding: places in the pool.
+    locations: torch.Tensor
     attention: AttentionInputs
     # [S] first token of each row in the step, on the host.
     first_tokens: npt.NDArray[np.int64]
@@ -39,8 +41,6 @@ class StepInputs:
 # Rows of the packed int64 tensor that a captured step reads: ids (LAST_SAMPLED where only the
 # device knows), slots, positions, pool locations.
 PACKED_ROWS = 4
-# The same without locations, for steps whose attention is not captured.
-PADDED_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ class SlotTables:
     """Owns the page table and the last sampled ids, both by slot.
 
     The page table has a twin on the host, from which pool locations are computed. One slot more
-    than sequences can hold, `padding_slot`, stands for the padding rows of captured steps; all
-    its pages are `padding_page`.
+    than sequences can hold, `padding_slot`, stands for the padding of captured steps; all its
+    pages are `padding_page`, which no sequence has, so padding overwrites nobody's keys.
     """
 
     def __init__(
@@ -100,37 +100,33 @@ class SlotTables:
         """Apply the plan's page changes and lay out its tokens."""
         self._apply_page_changes(plan)
         tokens = _TokenLayout.of(plan)
-        token_ids, slots, positions, *rest = upload(
+        token_ids, slots, positions, locations, *rest = upload(
             self._device,
             plan.token_ids,
             tokens.slots,
             tokens.positions,
-            *self._selections(plan, tokens),
+            self._locations(tokens.slots, tokens.positions),
+            *_selections(plan, tokens),
         )
         if (plan.token_ids == LAST_SAMPLED).any():
             token_ids = self.resolve(token_ids, slots)
-        return self._inputs(
-            plan, tokens, self._padded(token_ids), self._padded(positions), tuple(rest)
-        )
+        packed = (self._padded(token_ids), self._padded(positions), locations)
+        return self._inputs(plan, tokens, packed, tuple(rest))
 
     def prepare_padded(self, plan: StepPlan, buffer: torch.Tensor, width: int) -> StepInputs:
-        """The same with ids and positions padded to `width` tokens, at the head of `buffer`.
+        """The same with ids, positions and locations padded to `width` at the head of `buffer`.
 
         `padded_view` gives what a capture reads from there. Ids are not resolved.
         """
         self._apply_page_changes(plan)
         tokens = _TokenLayout.of(plan)
-        selections = self._selections(plan, tokens)
-        head = np.zeros((PADDED_ROWS, width), np.int64)
-        head[1] = self.padding_slot
-        for row, values in enumerate((plan.token_ids, tokens.slots, tokens.positions)):
-            head[row, : len(values)] = values
+        selections = _selections(plan, tokens)
+        head = self._packed(width, plan.token_ids, tokens.slots, tokens.positions)
         host = np.concatenate((head.ravel(), *selections), dtype=np.int64)
         upload_into(buffer[: len(host)], host)
-        lengths = [len(each) for each in selections]
-        rest = torch.split(buffer[head.size : len(host)], lengths)
-        token_ids, _, positions = padded_view(buffer, width)
-        return self._inputs(plan, tokens, token_ids, positions, rest)
+        rest = torch.split(buffer[head.size : len(host)], [len(each) for each in selections])
+        token_ids, _, positions, locations = padded_view(buffer, width)
+        return self._inputs(plan, tokens, (token_ids, positions, locations), rest)
 
     def prepare_captured(self, plan: StepPlan, packed: torch.Tensor) -> StepInputs:
         """A step of rows with one token each that all sample, padded to N rows.
@@ -139,23 +135,18 @@ class SlotTables:
         """
         self._apply_page_changes(plan)
         num_rows, width = len(plan.slots), packed.shape[1]
-        host = np.zeros((PACKED_ROWS, width), np.int64)
-        host[0, :num_rows] = plan.token_ids
-        host[1] = self.padding_slot
-        host[1, :num_rows] = plan.slots
-        host[2, :num_rows] = plan.start_positions
-        host[3] = self._locations(host[1], host[2])
+        host = self._packed(width, plan.token_ids, plan.slots, plan.start_positions)
         upload_into(packed, host)
         return StepInputs(
             token_ids=packed[0],
             positions=packed[2],
+            locations=packed[3],
             attention=AttentionInputs(
                 slots=host[1].astype(np.int32),
                 num_tokens=np.ones(width, np.int32),
                 start_positions=host[2].astype(np.int32),
                 host_page_table=self._host_pages,
                 page_table=self._page_table,
-                locations=packed[3],
             ),
             first_tokens=np.arange(num_rows),
             sample_tokens=None,
@@ -164,37 +155,42 @@ class SlotTables:
             sampled_slots=packed[1, :num_rows],
         )
 
-    def _selections(
-        self, plan: StepPlan, tokens: _TokenLayout
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Int32Array]:
-        """Pool locations, tokens to sample from, and the slots that get the ids."""
-        return (
-            self._locations(tokens.slots, tokens.positions),
-            tokens.ends[plan.sample_rows] - 1,
-            plan.slots[plan.sample_rows],
-        )
+    def _packed(
+        self,
+        width: int,
+        token_ids: Int32Array,
+        slots: npt.NDArray[np.integer],
+        positions: npt.NDArray[np.integer],
+    ) -> npt.NDArray[np.int64]:
+        """[PACKED_ROWS, width] of these tokens and padding."""
+        packed = np.zeros((PACKED_ROWS, width), np.int64)
+        packed[1] = self.padding_slot
+        for row, values in enumerate((token_ids, slots, positions)):
+            packed[row, : len(values)] = values
+        packed[3] = self._locations(packed[1], packed[2])
+        return packed
 
     def _inputs(
         self,
         plan: StepPlan,
         tokens: _TokenLayout,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
+        packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         selections: tuple[torch.Tensor, ...],
     ) -> StepInputs:
-        locations, sample_tokens, sampled_slots = selections
+        token_ids, positions, locations = packed
+        sample_tokens, sampled_slots = selections
         rows = plan.sample_rows
         samples_all = len(rows) == len(plan.token_ids)
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
+            locations=locations,
             attention=AttentionInputs(
                 slots=plan.slots,
                 num_tokens=plan.num_tokens,
                 start_positions=plan.start_positions,
                 host_page_table=self._host_pages,
                 page_table=self._page_table,
-                locations=locations,
             ),
             first_tokens=tokens.firsts,
             sample_tokens=None if samples_all else self._padded(sample_tokens),
@@ -235,5 +231,26 @@ class SlotTables:
 
 
 def padded_view(buffer: torch.Tensor, width: int) -> torch.Tensor:
-    """The part of a padded step's buffer that is the same for every step of `width` tokens."""
-    return buffer[: PADDED_ROWS * width].view(PADDED_ROWS, width)
+    """[PACKED_ROWS, width]: what is in the same place for every step padded to `width` tokens."""
+    return buffer[: PACKED_ROWS * width].view(PACKED_ROWS, width)
+
+
+def padding_only() -> StepPlan:
+    """The plan of a step without rows."""
+    empty = np.zeros(0, np.int32)
+    return StepPlan(
+        step_number=0,
+        slots=empty,
+        num_tokens=empty,
+        start_positions=empty,
+        token_ids=empty,
+        sample_rows=empty,
+        page_slots=empty,
+        page_indices=empty,
+        page_ids=empty,
+    )
+
+
+def _selections(plan: StepPlan, tokens: _TokenLayout) -> tuple[npt.NDArray[np.int64], Int32Array]:
+    """Tokens to sample from, and the slots that get the ids."""
+    return tokens.ends[plan.sample_rows] - 1, plan.slots[plan.sample_rows]

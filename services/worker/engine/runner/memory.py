@@ -22,7 +22,8 @@ from services.worker.engine.options import EngineOptions
 GIB = 1024**3
 # A CPU's pool beyond this is asked for with num_pages: its memory is everybody's.
 MAX_CPU_POOL_BYTES = 2 * GIB
-# Never given out: the allocator's rounding and gaps, and what libraries take when first used.
+# Never given out: the allocator's rounding and gaps, what libraries take when first used, and the
+# few MB by which float32 logits of up to 32 rows can exceed 16-bit ones of some more.
 RESERVE_BYTES = GIB // 2
 
 _MEMINFO = Path("/proc/meminfo")

@@ -14,6 +14,7 @@ import torch
 
 from services.worker.engine.attention.backend import AttentionBackend, CapturableAttention
 from services.worker.engine.batch import PromptLogprobRequest, StepPlan, StepResult
+from services.worker.engine.kv.pool import PagePool, StepPlaces
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EnginePlan
 from services.worker.engine.runner.graphs import DecodeGraphs
@@ -64,6 +65,7 @@ class ModelRunner:
         *,
         model: Decoder,
         backend: AttentionBackend,
+        pool: PagePool,
         plan: EnginePlan,
         device: torch.device,
         reports: bool = True,
@@ -72,6 +74,7 @@ class ModelRunner:
         self.num_in_flight = 1 if device.type == "cpu" else 2
         self._model = model
         self._backend = backend
+        self._pool = pool
         self._reports = reports
         self._shares_vocabulary = plan.tp_size > 1
         num_slots = plan.max_running_sequences
@@ -86,6 +89,7 @@ class ModelRunner:
             num_slots=num_slots,
             vocab_size=plan.vocab_size,
             eos_token_ids=plan.eos_token_ids,
+            logits_dtypes=model.logits_dtypes,
             device=device,
         )
         self._device = device
@@ -100,6 +104,7 @@ class ModelRunner:
         self._graphs = DecodeGraphs(
             model=self._model,
             backend=backend,
+            pool=self._pool,
             tables=self._tables,
             sizes=sizes,
             device=self._device,
@@ -110,6 +115,7 @@ class ModelRunner:
         self._pieces = PieceGraphs(
             model=self._model,
             backend=self._backend,
+            pool=self._pool,
             tables=self._tables,
             sizes=sizes,
             num_slots=self._num_slots,
@@ -130,7 +136,8 @@ class ModelRunner:
         else:
             inputs = self._tables.prepare(plan)
             self._backend.plan(inputs.attention)
-            hidden = self._model.forward(inputs.token_ids, inputs.positions, self._backend)
+            places = StepPlaces(self._pool, inputs.locations)
+            hidden = self._model.forward(inputs.token_ids, inputs.positions, places, self._backend)
         prompt_logprobs = [
             self._prompt_logprobs(hidden, plan, inputs, request) for request in plan.prompt_logprobs
         ]

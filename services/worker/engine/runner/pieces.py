@@ -1,9 +1,9 @@
 """Steps of any kind as CUDA graphs of everything between attention layers.
 
-Attention depends on the rows at hand and is launched by itself; the rest of a layer depends only
-on the number of tokens, so it is captured once for each number and replayed for steps padded to
-it (after the piecewise graphs of vLLM, without tracing: the attention backend that the model is
-given during capture ends one graph and begins the next).
+Attention depends on the rows at hand and is launched by itself; the rest of a layer, the write of
+keys and values included, depends only on the number of tokens, so it is captured once for each
+number and replayed for steps padded to it (after the piecewise graphs of vLLM, without tracing:
+the attention backend that the model is given during capture ends one graph and begins the next).
 
 Shapes: T tokens of a step, N tokens of a captured one, H query heads, D head size, E hidden size.
 """
@@ -24,8 +24,15 @@ from services.worker.engine.attention.backend import (
     AttentionLayer,
 )
 from services.worker.engine.batch import StepPlan
+from services.worker.engine.kv.pool import PagePool, StepPlaces
 from services.worker.engine.models.decoder import Decoder
-from services.worker.engine.runner.inputs import PADDED_ROWS, SlotTables, StepInputs, padded_view
+from services.worker.engine.runner.inputs import (
+    PACKED_ROWS,
+    SlotTables,
+    StepInputs,
+    padded_view,
+    padding_only,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +41,9 @@ _LARGEST = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """One call between two graphs; the tensors lie where the first of them writes."""
+    """One call between two graphs; the queries lie where the first of them writes."""
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
     layer: AttentionLayer
 
 
@@ -64,6 +69,7 @@ class PieceGraphs:
         *,
         model: Decoder,
         backend: AttentionBackend,
+        pool: PagePool,
         tables: SlotTables,
         sizes: tuple[int, ...],
         num_slots: int,
@@ -71,6 +77,7 @@ class PieceGraphs:
     ) -> None:
         self._model = model
         self._backend = backend
+        self._pool = pool
         self._tables = tables
         self._device = device
         self._sizes = np.array(sorted(sizes))
@@ -78,9 +85,9 @@ class PieceGraphs:
         # One for all captures: memory that a stream has taken serves no other.
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         largest = int(self._sizes[-1])
-        # Ids, slots and positions, then locations and what concerns the rows that sample.
+        # What captures read, then what concerns the rows that sample.
         self._buffer = torch.zeros(
-            (PADDED_ROWS + 1) * largest + 2 * num_slots, dtype=torch.int64, device=device
+            PACKED_ROWS * largest + 2 * num_slots, dtype=torch.int64, device=device
         )
         # [largest N, H, D] and [largest N, E], made when their shapes are known.
         self._attended: torch.Tensor | None = None
@@ -108,21 +115,20 @@ class PieceGraphs:
         attended = self._attended[:num_tokens]
         for graph, call in zip(captured.graphs, captured.attentions, strict=False):
             graph.replay()
-            self._backend.run(
-                call.q[:num_tokens], call.k[:num_tokens], call.v[:num_tokens], call.layer, attended
-            )
+            self._backend.run(call.q[:num_tokens], call.layer, attended)
         captured.graphs[-1].replay()
         return inputs, captured.hidden[:num_tokens]
 
     @torch.inference_mode()
     def _capture(self, size: int) -> _Captured:
-        token_ids, slots, positions = padded_view(self._buffer, size)
+        # What runs here writes keys and values where padding's go.
+        self._tables.prepare_padded(padding_only(), self._buffer, size)
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             # The first run loads kernels and makes handles, which a capture may not.
             warm_up = _Uncaptured(self._attended)
-            hidden = self._model.forward(self._tables.resolve(token_ids, slots), positions, warm_up)
+            hidden = self._run(size, warm_up)
             if self._attended is None or self._hidden is None:
                 self._attended = warm_up.out
                 self._hidden = torch.empty_like(hidden)
@@ -131,14 +137,20 @@ class PieceGraphs:
             pieces = _Pieces(self._memory, self._attended[:size])
             pieces.begin()
             try:
-                hidden = self._model.forward(
-                    self._tables.resolve(token_ids, slots), positions, pieces
-                )
-                self._hidden[:size].copy_(hidden)
+                self._hidden[:size].copy_(self._run(size, pieces))
             finally:
                 pieces.end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return _Captured(pieces.graphs, pieces.attentions(), self._hidden[:size])
+
+    def _run(self, size: int, backend: AttentionBackend) -> torch.Tensor:
+        token_ids, slots, positions, locations = padded_view(self._buffer, size)
+        return self._model.forward(
+            self._tables.resolve(token_ids, slots),
+            positions,
+            StepPlaces(self._pool, locations),
+            backend,
+        )
 
 
 class _Uncaptured:
@@ -151,12 +163,7 @@ class _Uncaptured:
         pass
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.out is None:
             self.out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -166,8 +173,8 @@ class _Uncaptured:
 class _Pieces:
     """Stands for attention during a capture: each call ends a graph and begins the next.
 
-    What a graph computes for the attention after it is remembered by address only. The model
-    lets go of those tensors as it goes on, so their memory serves later pieces, which run when
+    The queries that a graph computes for the attention after it are remembered by address only.
+    The model lets go of them as it goes on, so their memory serves later pieces, which run when
     that attention has read them.
     """
 
@@ -175,7 +182,7 @@ class _Pieces:
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self._memory = memory
         self._attended = attended
-        self._calls: list[tuple[_Address, _Address, _Address, AttentionLayer]] = []
+        self._calls: list[tuple[_Address, AttentionLayer]] = []
 
     def begin(self) -> None:
         """Start a graph."""
@@ -191,23 +198,16 @@ class _Pieces:
         pass
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        out: torch.Tensor | None = None,
+        self, q: torch.Tensor, layer: AttentionLayer, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        self._calls.append((_Address(q), _Address(k), _Address(v), layer))
+        self._calls.append((_Address(q), layer))
         self.end()
         self.begin()
         return self._attended
 
     def attentions(self) -> list[_Attention]:
         """The calls between the graphs."""
-        return [
-            _Attention(q.tensor(), k.tensor(), v.tensor(), layer) for q, k, v, layer in self._calls
-        ]
+        return [_Attention(q.tensor(), layer) for q, layer in self._calls]
 
 
 class _Address:

@@ -39,9 +39,10 @@ _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 # Tiles of larger heads would not fit a processor's shared memory.
 _TRITON_MAX_HEAD_DIM = 256
 
-# Below so many GiB of memory, so many tokens a step.
-_STEP_TOKENS = ((35, 2048), (60, 4096), (160, 8192))
-_MOST_STEP_TOKENS = 16384
+# Below so many GiB of memory, so many tokens a step. Larger steps bring no more tokens a second on
+# such GPUs, and prompts that came together wait longer for the first of them.
+_STEP_TOKENS = ((35, 2048), (160, 4096))
+_MOST_STEP_TOKENS = 8192
 
 # Sequences at once: smaller GPUs and CPUs have no room for the logits and caches of more.
 _MAX_RUNNING, _MAX_RUNNING_LARGE = 256, 512
@@ -319,7 +320,7 @@ def make_runner(
     device = torch.device(plan.device)
     pool = PagePool(
         num_layers=config.num_layers,
-        # The last page is the padding rows' of captured steps.
+        # The last page is the padding's of captured steps.
         num_pages=plan.num_pages + 1,
         page_size=plan.page_size,
         num_kv_heads=max(1, config.num_kv_heads // group.size),
@@ -327,17 +328,24 @@ def make_runner(
         dtype=getattr(torch, plan.kv_cache_dtype),
         device=device,
     )
-    if plan.attention_backend == "torch":
-        torch_backend = TorchAttention(
+    capturable: CapturableAttention | None = None
+    if plan.attention_backend != "torch":
+        capturable = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
+    runner = ModelRunner(
+        model=model,
+        backend=capturable
+        or TorchAttention(
             pool, getattr(torch, plan.dtype), reduce_in_fp32=plan.attention_reduce_in_fp32
-        )
-        return ModelRunner(
-            model=model, backend=torch_backend, plan=plan, device=device, reports=reports
-        )
-    backend = _make_capturable(pool, config, plan, num_heads=config.num_heads // group.size)
-    runner = ModelRunner(model=model, backend=backend, plan=plan, device=device, reports=reports)
+        ),
+        pool=pool,
+        plan=plan,
+        device=device,
+        reports=reports,
+    )
+    if capturable is None:
+        return runner
     if plan.graph_sizes:
-        runner.capture_decodes(backend, plan.graph_sizes)
+        runner.capture_decodes(capturable, plan.graph_sizes)
     if plan.piece_graph_sizes:
         runner.capture_pieces(plan.piece_graph_sizes)
     # What captures warmed up with lies on their streams, where steps cannot use it.
@@ -365,8 +373,6 @@ def _make_capturable(
     return FlashInferAttention(
         pool,
         num_heads=num_heads,
-        max_captured_rows=max(plan.graph_sizes, default=0),
-        max_pages=-(-plan.context_length // plan.page_size),
         others=triton,
         dtype=getattr(torch, plan.dtype),
         has_other_layers=any(window is not None for window in config.sliding_windows),

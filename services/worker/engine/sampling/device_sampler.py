@@ -54,6 +54,7 @@ class DeviceSampler:
         num_slots: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
+        logits_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
         device: torch.device,
     ) -> None:
         self._device = device
@@ -71,7 +72,10 @@ class DeviceSampler:
         self._requested = SlotLists(device)
         # Ids that all positions of a prompt ask about, for as long as its kernel is issued.
         self._prompt_requested = SlotLists(device)
-        self._compile()
+        # Stands for changed copies where no row has one: the kernels' types stay the same.
+        self._unchanged = torch.zeros(4, dtype=torch.float32, device=device)
+        for dtype in logits_dtypes:
+            self._compile(dtype)
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A slot changes hands."""
@@ -124,7 +128,7 @@ class DeviceSampler:
             widths = _widths(specs, self._vocab_size)
             summarised = True
         records = upload_array(self._device, words)
-        changed = logits
+        changed = self._unchanged
         if num_changed:
             changed = change(
                 records,
@@ -169,16 +173,16 @@ class DeviceSampler:
         words[:, LOGITS_ROW_WORD] = words[:, SAMPLED_ROW_WORD] = np.arange(num_rows)
         records = upload_array(self._device, words)
         following = upload_array(self._device, np.array(token_ids, np.int64))
-        found = scan(records, logits, logits, True)
+        found = scan(records, logits, self._unchanged, True)
         out = torch.empty((num_rows, _width(widths)), dtype=torch.int32, device=self._device)
         requested = self._prompt_requested.entries
         report(records, logits, found, following, requested, out, num_top=widths[0])
         return _unpacked(out, widths)
 
-    def _compile(self) -> None:
+    def _compile(self, logits_dtype: torch.dtype) -> None:
         """Sample a row with every feature and one with none, so that no later step compiles."""
         everything = SamplingParams(presence_penalty=1.0, top_p=0.5)
-        logits = torch.zeros((1, self._vocab_size), device=self._device)
+        logits = torch.zeros((1, self._vocab_size), dtype=logits_dtype, device=self._device)
         slots, positions = np.zeros(1, np.int32), np.zeros(1, np.int64)
         for sampling, spec in (
             (everything, LogprobSpec(output=True)),

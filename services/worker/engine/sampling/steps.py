@@ -59,6 +59,7 @@ class StepSampler(Protocol):
     ) -> SampledStep:
         """[R, V] -> a token a row, with the log-probabilities asked for if `reports`.
 
+        Logits of 16 bits are taken for the float32 values that they are.
         `positions` are those of the sampled tokens. May overwrite `logits`.
         """
 
@@ -112,6 +113,7 @@ class TorchSampler:
     ) -> SampledStep:
         """As the protocol says; the results are on the host when it returns."""
         batch = self._table.batch(slots, positions)
+        logits = logits.float()
         rows = batch.logprob_rows if reports else []
         raw_logits = logits[rows] if rows else None
         step = self.chosen(sample(logits, batch, self._counts), prompt_logprobs)
@@ -145,7 +147,7 @@ class TorchSampler:
     ) -> PositionLogprobs:
         """As the protocol says."""
         following = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        return compute_logprobs(logits, following, [spec] * len(token_ids))
+        return compute_logprobs(logits.float(), following, [spec] * len(token_ids))
 
 
 def step_sampler(
@@ -153,9 +155,10 @@ def step_sampler(
     num_slots: int,
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
+    logits_dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> StepSampler:
-    """The sampler for a device."""
+    """The sampler for a device; for logits of `logits_dtypes` it compiles nothing later."""
     if device.type != "cuda":
         return TorchSampler(
             num_slots=num_slots, vocab_size=vocab_size, eos_token_ids=eos_token_ids, device=device
@@ -164,5 +167,9 @@ def step_sampler(
     from services.worker.engine.sampling.device_sampler import DeviceSampler
 
     return DeviceSampler(
-        num_slots=num_slots, vocab_size=vocab_size, eos_token_ids=eos_token_ids, device=device
+        num_slots=num_slots,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        logits_dtypes=logits_dtypes,
+        device=device,
     )

@@ -1,0 +1,101 @@
+"""A worker's metrics are what its engine said last, and what its steps came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from services.worker.engine.messages import (
+    EngineLoad,
+    EngineReady,
+    Finish,
+    SequenceError,
+    StepOutput,
+    StepWork,
+)
+from services.worker.engine_link import engine_link
+from services.worker.metrics import WorkerCollector
+from services.worker.replica import Replica
+from services.worker.step_totals import STEP_BOUNDS_S
+from tests.fakes.worker_bench import IDENTITY
+
+READY = EngineReady(
+    device="cpu",
+    dtype="float32",
+    attention_backend="torch",
+    page_size=16,
+    num_pages=100,
+    context_length=512,
+    vocab_size=1000,
+    eos_token_ids=[0],
+    max_running_sequences=8,
+    max_step_tokens=64,
+    tp_size=1,
+)
+
+
+def finish(key: int, reason: str) -> Finish:
+    return Finish(key, reason, None, 1, 0, 0, 0, 0, 0, 0)
+
+
+def metrics_of(replica: Replica) -> Callable[..., float | None]:
+    """What a scrape says of a metric and its labels."""
+    registry = CollectorRegistry()
+    registry.register(WorkerCollector(replica))
+    return lambda name, **labels: registry.get_sample_value(f"rhizome_worker_{name}", labels)
+
+
+async def test_metrics_are_what_the_engine_said_last() -> None:
+    async with engine_link() as link:
+        replica = Replica(IDENTITY, link)
+        value = metrics_of(replica)
+        assert (value("serving"), value("pages")) == (0, 0)
+        replica.handle(READY)
+        assert (value("serving"), value("pages"), value("free_pages")) == (1, 100, 100)
+        load = EngineLoad(
+            num_running=3,
+            num_waiting=2,
+            num_waiting_uncached_tokens=40,
+            num_running_context_tokens=90,
+            num_free_pages=50,
+            num_evictable_pages=20,
+            predicted_step_ns=2_000_000,
+            num_preemptions=1,
+            num_prompt_tokens=300,
+            num_cached_tokens=100,
+            num_output_tokens=70,
+        )
+        replica.handle(StepOutput(step_number=9, load=load))
+        assert [
+            value(name)
+            for name in (
+                *("running_sequences", "waiting_sequences", "waiting_uncached_tokens"),
+                *("running_context_tokens", "free_pages", "evictable_pages"),
+                *("predicted_step_seconds", "preemptions_total", "prompt_tokens_total"),
+                *("cached_prompt_tokens_total", "output_tokens_total"),
+            )
+        ] == [3, 2, 40, 90, 50, 20, 0.002, 1, 300, 100, 70]
+        replica.drain("stopping")
+        assert value("serving") == 0
+
+
+async def test_steps_and_ends_add_up() -> None:
+    async with engine_link() as link:
+        replica = Replica(IDENTITY, link)
+        value = metrics_of(replica)
+        assert value("ended_sequences_total", reason="stop") == 0
+        for step_s in (0.0005, 0.001, 0.003, 60.0):
+            work = StepWork(step_ns=round(step_s * 1e9), prefill_tokens=10)
+            replica.handle(StepOutput(step_number=1, work=work))
+        # Says something, but computed nothing.
+        replica.handle(StepOutput(step_number=1, finishes=[finish(1, "stop"), finish(2, "length")]))
+        replica.handle(StepOutput(step_number=1, errors=[SequenceError(3, 4, "late", 0)]))
+        below = {bound: value("step_seconds_bucket", le=str(bound)) for bound in STEP_BOUNDS_S}
+        assert (below[0.001], below[0.002], below[0.005], below[5.0]) == (2, 2, 3, 3)
+        assert value("step_seconds_bucket", le="+Inf") == value("step_seconds_count") == 4
+        assert value("step_seconds_sum") == 60.0045
+        assert value("computed_prefill_tokens_total") == 40
+        assert value("ended_sequences_total", reason="stop") == 1
+        assert value("ended_sequences_total", reason="length") == 1
+        assert value("ended_sequences_total", reason="error") == 1
