@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -112,25 +113,18 @@ async def _run(args: argparse.Namespace) -> None:
     }
     path = args.directory / "runs.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
-    for policy in args.policies:
-        log = args.directory / f"log-{policy}-{time.time_ns()}"
-        slowing = Slowing(floor_ms=setup.floor_ms, token_ms=setup.token_ms, log=log)
-        async with running_system(slowing, args.port, *Setup.flags(policy)) as url:
-            client = Client(url)
-            for name in args.workloads:
-                for load in map(int, args.loads):
-                    trace = Trace(
-                        workload=name,
-                        num_requests=args.requests,
-                        seed=args.seed,
-                        load_percent=load,
-                        rate=rates[name] * load / 100,
-                    )
-                    run = {"policy": policy, **await _undisturbed(client, trace, slowing)}
-                    runs = [other for other in runs if not _same_row(other, run)] + [run]
-                    _write(path, {**_provenance(), "runs": runs})
-                    print(f"{name} {load}% {policy}: {_short(run)}", flush=True)
-            await client.close()
+    for policy, name, load in product(args.policies, args.workloads, map(int, args.loads)):
+        trace = Trace(
+            workload=name,
+            num_requests=args.requests,
+            seed=args.seed,
+            load_percent=load,
+            rate=rates[name] * load / 100,
+        )
+        run = {"policy": policy, **await _undisturbed(policy, trace, setup, args)}
+        runs = [other for other in runs if not _same_row(other, run)] + [run]
+        _write(path, {**_provenance(), "runs": runs})
+        print(f"{name} {load}% {policy}: {_short(run)}", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,20 +138,28 @@ class Trace:
     rate: float
 
 
-async def _undisturbed(client: Client, trace: Trace, slowing: Slowing) -> dict[str, Any]:
-    """One run; repeated while the machine was too busy, of which the least disturbed counts."""
+async def _undisturbed(
+    policy: str, trace: Trace, setup: Setup, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One run; repeated while the machine was too busy, of which the least disturbed counts.
+
+    Each has a system of its own: schedulers remember what they placed in the last minutes.
+    """
     runs: list[dict[str, Any]] = []
+    workload = make_workload(trace.workload, trace.num_requests, trace.seed)
     while len(runs) < _MAX_TRIES and all(run["late"] > _MOST_LATE for run in runs):
-        workload = make_workload(trace.workload, trace.num_requests, trace.seed)
-        await client.flush_cache()
-        began_ns = time.monotonic_ns()
-        served = await client.replay(workload, workload.arrivals_ns(trace.rate, trace.seed + 2))
+        log = args.directory / f"log-{policy}-{time.time_ns()}"
+        slowing = Slowing(floor_ms=setup.floor_ms, token_ms=setup.token_ms, log=log)
+        async with running_system(slowing, args.port, *Setup.flags(policy)) as url:
+            client = Client(url)
+            served = await client.replay(workload, workload.arrivals_ns(trace.rate, trace.seed + 2))
+            await client.close()
         summed_up = figures(served, Setup.num_workers).as_dict()
         runs.append(
             {
                 **asdict(trace),
                 **{key: summed_up[key] for key in ("mean_s", "p50_s", "p99_s", "hit_rate")},
-                "late": _late(slowing, began_ns),
+                "late": _late(slowing),
                 "num_tries": len(runs) + 1,
                 "latencies_s": [round(request.latency_s, 4) for request in served],
             }
@@ -181,9 +183,9 @@ def _steps(slowing: Slowing) -> list[Step]:
     return read_steps(sorted(slowing.log.glob("steps-*.txt")))
 
 
-def _late(slowing: Slowing, since_ns: int = 0) -> float:
+def _late(slowing: Slowing) -> float:
     """The share of steps' time by which they were computed later than they were to end."""
-    steps = [step for step in _steps(slowing) if step.began_ns >= since_ns]
+    steps = _steps(slowing)
     late_ns = 0.0
     for step in steps:
         least_ns = slowing.least_ns(step.num_decodes + step.num_prefilled)

@@ -34,9 +34,6 @@ class Client:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def flush_cache(self) -> None:
-        (await self._http.post("/flush_cache")).raise_for_status()
-
     async def probe(self, token_ids: Sequence[int]) -> float:
         """Seconds of a request for one token."""
         clock = asyncio.get_running_loop().time

@@ -101,6 +101,6 @@ class PageTable:
             longest = int(counts.max(initial=0))
             listed = np.arange(longest) < counts[:, None]
             pages = self._pages[slots, :longest][listed]
-            num_distinct = np.count_nonzero(np.bincount(pages, minlength=1))
+            num_distinct = int(np.count_nonzero(np.bincount(pages, minlength=1)))
             self._num_shared = (len(pages) - num_distinct) * self._page_size
         return self._num_shared

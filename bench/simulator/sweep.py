@@ -17,7 +17,7 @@ from bench.simulator.run import Setting, capacity, simulate
 from bench.simulator.worker import WorkerShape
 from services.common.policies import PolicyName
 
-POLICIES = get_args(PolicyName)
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,10 @@ class Case:
     @classmethod
     def parse(cls, label: str) -> Case:
         """Raises ValueError for an unknown policy or a weight that is no number."""
-        name, _, rest = label.partition(":")
-        if name not in POLICIES:
-            raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
+        given, _, rest = label.partition(":")
+        name = next((policy for policy in POLICIES if policy == given), None)
+        if name is None:
+            raise ValueError(f"{given!r} is not one of {', '.join(POLICIES)}")
         pairs = [pair.partition("=") for pair in rest.split("+")] if rest else []
         return cls(label, name, tuple((weight, float(value)) for weight, _, value in pairs))
 
