@@ -204,7 +204,7 @@ async def through_grpc(pages: int, workers: int) -> dict[str, Any]:
                 address = f"unix:{directory}/{number}.sock"
                 if number:
                     fleet.addresses.append(address)
-                await stack.enter_async_context(_serve(fleet, address))
+                await stack.enter_async_context(serve(fleet, address))
             listen = f"unix:{directory}/index.sock"
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "services.cache_index", "--listen", listen),
@@ -266,7 +266,7 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 @contextlib.asynccontextmanager
-async def _serve(fleet: Fleet, address: str) -> AsyncIterator[None]:
+async def serve(fleet: Fleet, address: str) -> AsyncIterator[None]:
     def add(server: aio.Server) -> None:
         add_WorkerServiceServicer_to_server(fleet, server)
         add_SchedulerServiceServicer_to_server(fleet, server)

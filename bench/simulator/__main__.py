@@ -2,7 +2,8 @@
 
     python -m bench.simulator [--workloads toolbench,videoqa] [--policies prefix_load,e2]
                               [--workers 4] [--requests 800] [--loads 30,50,70,90,110]
-                              [--seeds 1,2,3] [--lose-worker-at SHARE] [--jobs 1] [--output DIR]
+                              [--seeds 1,2,3] [--lose-worker-at SHARE] [--schedulers 1]
+                              [--jobs 1] [--output DIR]
 
 The real placement, index, batching and radix tree over simulated devices and a virtual clock; open
 loop with Poisson arrivals. Loads are percents of what round-robin ends at saturation in the same
@@ -40,6 +41,7 @@ def main() -> None:
         help="the first one dies after this share of the arrivals and never returns",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
+    parser.add_argument("--schedulers", type=int, default=1, help="asked in turn")
     parser.add_argument("--output", type=Path, help="directory for JSON and PNG files")
     args = parser.parse_args()
     plans = [
@@ -51,6 +53,7 @@ def main() -> None:
             num_workers=args.workers,
             num_requests=args.requests,
             lose_worker_at=args.lose_worker_at,
+            num_schedulers=args.schedulers,
         )
         for workload in args.workloads
     ]

@@ -24,7 +24,7 @@ from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
-from services.scheduler.policy import PlacementRequest
+from services.scheduler.policy import PlacementRequest, Policy
 from services.scheduler.pools import PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
@@ -78,14 +78,16 @@ class _Seat:
 
     name: str
     worker: SimulatedWorker
-    registration: Registration
+    # One with each scheduler.
+    registrations: list[Registration]
     holder: Holder
     jobs: dict[int, _Job] = field(default_factory=dict)
 
 
 class Cluster:
     """Serves one workload once. Invariant: every request that arrived is served, or is in
-    exactly one of: on its way to the scheduler, in its queue, on its way to a worker, on one.
+    exactly one of: on its way to a scheduler, in its queue, on its way to a worker, on one.
+    Several schedulers are asked in turn, as by gateways that prefer different ones.
     """
 
     def __init__(
@@ -97,28 +99,22 @@ class Cluster:
         delays: Delays,
         seed: int,
         weights: dict[str, float] | None = None,
+        num_schedulers: int = 1,
     ) -> None:
         self.clock = VirtualClock()
         self.served: list[Served] = []
-        self.metrics = SchedulerMetrics()
         self._shape = shape
         self._delays = delays
         rng = random.Random(seed)
         self._epochs = random.Random(seed + 1)
         self._index = PrefixIndex(_MAX_PREFIXES)
-        self._pools = PoolSet()
-        table = WorkerTable(_LEASE_S)
-        self._placer = Placer(
-            table,
-            self._pools,
-            make_policy(policy, rng, **(weights or {})),
-            ReservationBook(table, rng),
-            PredictionOverlay(),
-            self.metrics,
-            lambda: self.clock.now_s,
-            max_queued=1_000_000,
-            worker_wait_s=1e6,
-        )
+        self._pools = [PoolSet() for _ in range(num_schedulers)]
+        # One a scheduler.
+        self.metrics = [SchedulerMetrics() for _ in range(num_schedulers)]
+        self._placers = [
+            self._placing(pools, make_policy(policy, rng, **(weights or {})), metrics, rng)
+            for pools, metrics in zip(self._pools, self.metrics, strict=True)
+        ]
         self._num_jobs = 0
         self._seats = [self._register(f"w{index:03d}") for index in range(num_workers)]
         self.clock.after(_SWEEP_NS, self._sweep)
@@ -140,6 +136,23 @@ class Cluster:
                 seat.worker.check()
         return self.served
 
+    def _placing(
+        self, pools: PoolSet, policy: Policy, metrics: SchedulerMetrics, rng: random.Random
+    ) -> Placer:
+        """One scheduler, with tables of its own."""
+        table = WorkerTable(_LEASE_S)
+        return Placer(
+            table,
+            pools,
+            policy,
+            ReservationBook(table, rng),
+            PredictionOverlay(),
+            metrics,
+            lambda: self.clock.now_s,
+            max_queued=1_000_000,
+            worker_wait_s=1e6,
+        )
+
     # A request's way
 
     def _arrive(self, conversation: Conversation, turn_index: int, session: int) -> None:
@@ -152,9 +165,10 @@ class Cluster:
         delay = self._delays.schedule + self._delays.match
         self._num_jobs += 1
         job.key = self._num_jobs
-        self.clock.after(delay, lambda: self._open(job))
+        placer = self._placers[job.key % len(self._placers)]
+        self.clock.after(delay, lambda: self._open(job, placer))
 
-    def _open(self, job: _Job) -> None:
+    def _open(self, job: _Job, placer: Placer) -> None:
         request = PlacementRequest(
             request_id=f"{job.session}/{job.turn_index}",
             attempt=job.attempt,
@@ -164,21 +178,21 @@ class Cluster:
             max_new_tokens=job.turn.output_len - job.num_output,
             session=("", str(job.session)) if len(job.conversation.turns) > 1 else None,
         )
-        ticket, is_new = self._placer.open_ticket(request, None)
+        ticket, is_new = placer.open_ticket(request, None)
         assert is_new, "a simulated caller asks once"
         job.ticket = ticket
         ticket.listeners.append(lambda: self._placed(job))
-        self._placer.enqueue(ticket, self._match(job))
+        placer.enqueue(ticket, self._match(job))
         if not ticket.is_settled:
-            self.clock.after(_FIRST_REFRESH_NS, lambda: self._refresh(job, ticket))
+            self.clock.after(_FIRST_REFRESH_NS, lambda: self._refresh(job, placer, ticket))
 
-    def _refresh(self, job: _Job, ticket: Ticket) -> None:
+    def _refresh(self, job: _Job, placer: Placer, ticket: Ticket) -> None:
         """What the servicer does for requests that wait near the head."""
         if ticket.is_settled:
             return
-        if self._placer.position(ticket) < _REFRESH_POSITIONS:
-            self._placer.enqueue(ticket, self._match(job))
-        self.clock.after(_REFRESH_NS, lambda: self._refresh(job, ticket))
+        if placer.position(ticket) < _REFRESH_POSITIONS:
+            placer.enqueue(ticket, self._match(job))
+        self.clock.after(_REFRESH_NS, lambda: self._refresh(job, placer, ticket))
 
     def _match(self, job: _Job) -> tuple[WorkerMatch, ...]:
         found = self._index.match(job.hashes)
@@ -250,7 +264,10 @@ class Cluster:
             )
         )
         outcome = Outcome(reservation_id, turn.prompt_len, job.cached_tokens, turn.output_len, True)
-        self.clock.after(self._delays.outcome, lambda: self._placer.report_outcomes([outcome]))
+        for placer in self._placers:
+            self.clock.after(
+                self._delays.outcome, lambda told=placer: told.report_outcomes([outcome])
+            )
         if job.turn_index + 1 < len(job.conversation.turns):
             self.clock.after(
                 job.conversation.think_s * 1e9,
@@ -280,9 +297,10 @@ class Cluster:
             vocab_size=VOCAB_SIZE,
             page_size=shape.page_size,
         )
-        registration = Registration(
-            record, self._pools.pools[0], lambda reason: None, lambda error: None
-        )
+        registrations = [
+            Registration(record, pools.pools[0], lambda reason: None, lambda error: None)
+            for pools in self._pools
+        ]
         holder = self._index.add_holder(name, epoch)
         identity = PoolIdentity(
             served_model_name=_MODEL,
@@ -292,12 +310,13 @@ class Cluster:
             page_size=shape.page_size,
             hash_version=1,
         )
-        self._placer.register(registration, identity)
+        for placer, registration in zip(self._placers, registrations, strict=True):
+            placer.register(registration, identity)
         delays, later = self._delays, self.clock.after
         seat: _Seat
 
         def on_report(report: Report) -> None:
-            later(delays.report, lambda: self._take_report(seat, worker, registration, report))
+            later(delays.report, lambda: self._take_report(seat, worker, report))
 
         def on_events(events: list[CacheEvent]) -> None:
             later(delays.events, lambda: self._take_events(holder, events))
@@ -314,14 +333,14 @@ class Cluster:
             on_report=on_report,
             on_events=on_events,
         )
-        seat = _Seat(name, worker, registration, holder)
+        seat = _Seat(name, worker, registrations, holder)
         return seat
 
-    def _take_report(
-        self, seat: _Seat, worker: SimulatedWorker, registration: Registration, report: Report
-    ) -> None:
-        if worker.alive:
-            self._placer.report_load(
+    def _take_report(self, seat: _Seat, worker: SimulatedWorker, report: Report) -> None:
+        if not worker.alive:
+            return
+        for placer, registration in zip(self._placers, seat.registrations, strict=True):
+            placer.report_load(
                 registration, reported_load(report), report.admitted_ids, report.ended_ids
             )
 
@@ -338,7 +357,8 @@ class Cluster:
         self.clock.after(self._delays.death, lambda: self._notice(seat, loss))
 
     def _notice(self, seat: _Seat, loss: Loss) -> None:
-        self._placer.unregister(seat.registration)
+        for placer, registration in zip(self._placers, seat.registrations, strict=True):
+            placer.unregister(registration)
         self._index.retire(seat.holder)
         jobs, seat.jobs = list(seat.jobs.values()), {}
         for job in jobs:
@@ -350,6 +370,7 @@ class Cluster:
         self._seats[index] = self._register(self._seats[index].name)
 
     def _sweep(self) -> None:
-        self._placer.sweep()
+        for placer in self._placers:
+            placer.sweep()
         self._index.scrub()
         self.clock.after(_SWEEP_NS, self._sweep)

@@ -25,6 +25,8 @@ class Setting:
     seed: int = 1
     shape: WorkerShape = WorkerShape()
     delays: Delays = Delays()
+    # Asked in turn, as by gateways that prefer different ones.
+    num_schedulers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,7 @@ def simulate(
         delays=setting.delays,
         seed=setting.seed,
         weights=weights,
+        num_schedulers=setting.num_schedulers,
     )
     arrivals_ns = workload.arrivals_ns(rate, setting.seed + 2)
     served = cluster.serve(workload, arrivals_ns, losses)

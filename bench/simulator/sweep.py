@@ -54,6 +54,7 @@ class Plan:
     num_requests: int
     # When the first worker dies, as a share of the time in which requests arrive.
     lose_worker_at: float | None = None
+    num_schedulers: int = 1
     shape: WorkerShape = WorkerShape()
 
     def setting(self, seed: int) -> Setting:
@@ -63,6 +64,7 @@ class Plan:
             num_requests=self.num_requests,
             seed=seed,
             shape=self.shape,
+            num_schedulers=self.num_schedulers,
         )
 
 
@@ -108,6 +110,7 @@ def run_plans(
                 "num_requests": plan.num_requests,
                 "seeds": list(plan.seeds),
                 "lose_worker_at": plan.lose_worker_at,
+                "num_schedulers": plan.num_schedulers,
                 "round_robin_capacity": round(statistics.fmean(rates), 3),
                 "runs": runs,
             }

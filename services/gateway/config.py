@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from services.common.redis_url import check_redis_url
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +37,13 @@ class GatewayConfig:
     max_inflight_requests: int = 4096
     """Most prompts served at a time, of one tenant eight ninths; more are answered 429."""
 
+    tenants: Path | None = None
+    """JSON file of tenants' limits per minute, the scheduler's too. Default: no limits."""
+
+    redis_url: str | None = None
+    """Redis in which several gateways count tenants' requests and tokens together, such as
+    `redis://host:6379/0`. Default: each counts what it sees."""
+
     max_client_buffer_bytes: int = 4 * 1024 * 1024
     """Output a slow reader may leave unread before its request is cancelled."""
 
@@ -62,6 +72,7 @@ class GatewayConfig:
         for name in ("max_body_bytes", "max_inflight_requests", "max_client_buffer_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_redis_url(self.redis_url)
         if self.keepalive_s <= 0:
             raise ValueError(f"keepalive_s must be > 0, got {self.keepalive_s}")
         if self.request_timeout_s is not None and self.request_timeout_s <= 0:

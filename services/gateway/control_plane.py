@@ -1,22 +1,20 @@
 """What the gateway knows of the schedulers: the last worker table, placements, outcomes.
 
-A scheduler that says nothing for a second is left for the next one; when none answers, requests
-are placed by power of two choices over the last table. So the control plane's absence costs
-affinity, never requests.
+A scheduler that says nothing for a second is left for the next one (`schedulers.py` has the order);
+when none answers, requests are placed by power of two choices over the last table. So the control
+plane's absence costs affinity, never requests.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from grpc import aio
 
 from rhizome.common.v1.pool_identity_pb2 import PoolIdentity
 from rhizome.common.v1.worker_role_pb2 import WORKER_ROLE_DECODE
@@ -24,29 +22,21 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import (
     WORKER_STATE_READY,
     Placement,
     Pool,
-    ReportRequestsRequest,
     RequestOutcome,
     ScheduleRequest,
-    WatchWorkersRequest,
-    WatchWorkersResponse,
     WorkerEntry,
 )
-from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from services.common.errors import (
     InvalidRequestError,
     NotFoundError,
     RhizomeError,
     UnavailableError,
 )
-from services.common.rpc import open_channel
-from services.gateway.schedule_session import SILENCE_S, ScheduleSession
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.schedulers import SchedulerSet
 
 logger = logging.getLogger(__name__)
 
-_RECONNECT_S = 0.2
-_REPORT_INTERVAL_S = 0.1
-_REPORT_TIMEOUT_S = 2.0
-_MAX_UNREPORTED = 10_000
 # Statuses that say something about the scheduler and not about the request.
 _NOT_A_VERDICT = (
     grpc.StatusCode.UNAVAILABLE,
@@ -151,61 +141,47 @@ class WorkerTable:
 
 
 class ControlPlane:
-    """Placements from whichever scheduler answers; the table; outcomes, sent in batches."""
+    """Placements from whichever scheduler answers, and the table for when none does."""
 
     def __init__(
-        self, schedulers: Iterable[str], num_choices_on: Callable[[str], int] = lambda _: 0
+        self,
+        schedulers: Iterable[str],
+        metrics: GatewayMetrics,
+        num_choices_on: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self.table = WorkerTable()
         self.addresses = tuple(schedulers)
-        self._channels = [open_channel(address) for address in self.addresses]
-        self._stubs = [SchedulerServiceStub(channel) for channel in self._channels]
-        self._sessions = [ScheduleSession(stub) for stub in self._stubs]
-        # Index of the scheduler that answered last.
-        self._preferred = 0
+        self._schedulers = SchedulerSet(
+            self.addresses, lambda last: self.table.update(last.pools, last.awaited_models)
+        )
+        self._metrics = metrics
         self._num_choices_on = num_choices_on
-        self._outcomes: list[RequestOutcome] = []
+        metrics.schedulers_answering.set_function(lambda: self._schedulers.num_answering)
 
-    @contextlib.asynccontextmanager
-    async def following(self) -> AsyncIterator[None]:
+    def following(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Keep the table and send outcomes until the block ends."""
-        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._send_outcomes()
-            for session in self._sessions:
-                await session.aclose()
-            for channel in self._channels:
-                await channel.close()
+        return self._schedulers.following()
 
     def report(self, outcome: RequestOutcome) -> None:
         """Tell the schedulers, soon and at most once, how a placement went."""
-        if len(self._outcomes) < _MAX_UNREPORTED:
-            self._outcomes.append(outcome)
+        self._schedulers.report(outcome)
 
     async def schedule(self, request: ScheduleRequest) -> Placement:
         """Place one attempt; waits in the scheduler's queue. Raises its verdict."""
         failure: RhizomeError | None = None
-        for step in range(len(self._sessions)):
-            index = (self._preferred + step) % len(self._sessions)
+        for scheduler in self._schedulers.in_order():
             try:
-                placed = await self._sessions[index].place(request)
+                return await scheduler.place(request)
             except RhizomeError as error:
                 if error.status not in _NOT_A_VERDICT:
                     raise
                 failure = error
-                continue
-            self._preferred = index
-            return placed
         placement = self._place_without_scheduler(request)
         if placement is None:
             raise UnavailableError(
                 f"no worker can serve the model `{request.model}` now"
             ) from failure
+        self._metrics.placed_without_scheduler.inc()
         logger.warning(
             "event=placed_without_scheduler request_id=%s worker=%s",
             request.request_id,
@@ -238,45 +214,6 @@ class ControlPlane:
             worker.num_running + worker.num_waiting, self._num_choices_on(worker.worker_id)
         )
         return running / max(1, worker.max_running_sequences)
-
-    async def _watch(self) -> None:
-        """Follow one scheduler's table; on silence or failure, the next one's."""
-        index = 0
-        while True:
-            call = self._stubs[index].WatchWorkers(WatchWorkersRequest())
-            try:
-                while True:
-                    async with asyncio.timeout(2 * SILENCE_S):
-                        response = await call.read()
-                    if not isinstance(response, WatchWorkersResponse):
-                        break
-                    if not response.unchanged:
-                        self.table.update(response.pools, response.awaited_models)
-            except (aio.AioRpcError, TimeoutError) as error:
-                status = error.code().name if isinstance(error, aio.AioRpcError) else "SILENT"
-                logger.debug(
-                    "event=watch_lost scheduler=%s status=%s", self.addresses[index], status
-                )
-            finally:
-                call.cancel()
-            index = (index + 1) % len(self._stubs)
-            await asyncio.sleep(_RECONNECT_S)
-
-    async def _report(self) -> None:
-        while True:
-            await asyncio.sleep(_REPORT_INTERVAL_S)
-            await self._send_outcomes()
-
-    async def _send_outcomes(self) -> None:
-        if not self._outcomes:
-            return
-        request = ReportRequestsRequest(outcomes=self._outcomes)
-        self._outcomes = []
-        try:
-            await self._stubs[self._preferred].ReportRequests(request, timeout=_REPORT_TIMEOUT_S)
-        except aio.AioRpcError as error:
-            # Outcomes only correct estimates; the scheduler's leases cover what is missing.
-            logger.debug("event=report_failed status=%s", error.code().name)
 
 
 def duration(seconds: float) -> Duration:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from services.common.rpc import RunningServer, running_server
+from services.common.shared_store import SharedStore
+from services.common.tenants import TenantSet, read_tenants
 from services.gateway.app import GatewayApp
 from services.gateway.config import GatewayConfig
 from services.gateway.control_plane import ControlPlane
@@ -19,6 +21,7 @@ from services.gateway.http_server import running_http_server
 from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
+from services.gateway.rate_limits import RateLimits
 from services.gateway.serving import Limits, Serving
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
@@ -37,14 +40,18 @@ class RunningGateway:
 
 @contextlib.asynccontextmanager
 async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway]:
-    """Serve HTTP and gRPC until the block ends; then running requests may finish."""
+    """Serve HTTP and gRPC until the block ends; then running requests may finish.
+
+    Raises ValueError for a bad file of tenants, OSError for an address that cannot be bound.
+    """
     gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
-    control = ControlPlane(config.schedulers, lambda worker: workers.num_choices(worker))
+    metrics = GatewayMetrics()
+    control = ControlPlane(config.schedulers, metrics, lambda worker: workers.num_choices(worker))
     tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity)
     workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside)
-    pipeline = Pipeline(
-        control, tokenizers, workers, GatewayMetrics(), config.max_inflight_requests
-    )
+    tenants = TenantSet() if config.tenants is None else read_tenants(config.tenants)
+    rates = RateLimits(tenants, metrics)
+    pipeline = Pipeline(control, tokenizers, workers, metrics, config.max_inflight_requests, rates)
     serving = Serving(
         pipeline,
         KeepAlive(config.keepalive_s),
@@ -53,6 +60,10 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(control.following())
         await stack.enter_async_context(tokenizers.following())
+        if config.redis_url is not None:
+            store = SharedStore(config.redis_url, metrics.registry, "rhizome_gateway")
+            stack.push_async_callback(store.aclose)
+            await stack.enter_async_context(_background(rates.share(store)))
         stack.push_async_callback(workers.aclose)
         await stack.enter_async_context(_background(workers.watch(), serving.keep_alive.run()))
         server = await stack.enter_async_context(

@@ -71,31 +71,8 @@ class InferenceServicer(InferenceServiceServicer):
         (prompt,) = await pipeline.prepare(pipeline.control.table.model(request.model), [spec])
         queue = PieceQueue()
         generation = Generation(pipeline, prompt, queue, arrival_s)
-        pipeline.inflight.admit(1, spec.tenant)
-        # Cancelling the call cancels this coroutine, and with it the run.
-        work = asyncio.create_task(generation.run())
-        writing = asyncio.create_task(_write_pieces(generation, queue, context))
-        try:
-            await asyncio.wait({work, writing}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-            await work
-            await writing
-            await context.write(
-                GenerateResponse(
-                    request_id=spec.request_id,
-                    usage=Usage(
-                        prompt_tokens=len(prompt.token_ids),
-                        completion_tokens=generation.num_output_tokens,
-                        cached_tokens=generation.cached_tokens,
-                    ),
-                )
-            )
-        finally:
-            for task in (work, writing):
-                task.cancel()
-            await asyncio.gather(work, writing, return_exceptions=True)
-            pipeline.inflight.leave(1, spec.tenant)
+        with pipeline.admitted([prompt], spec.tenant):
+            await _answer(generation, queue, context)
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]
@@ -113,6 +90,36 @@ class InferenceServicer(InferenceServiceServicer):
                 for model in self._serving.pipeline.control.table.models
             ]
         )
+
+
+async def _answer(
+    generation: Generation,
+    queue: PieceQueue,
+    context: aio.ServicerContext[GenerateRequest, GenerateResponse],
+) -> None:
+    """Run to the end, writing pieces as they come. Cancelling the call cancels it all."""
+    work = asyncio.create_task(generation.run())
+    writing = asyncio.create_task(_write_pieces(generation, queue, context))
+    try:
+        await asyncio.wait({work, writing}, return_when=asyncio.FIRST_COMPLETED)
+        if writing.done():
+            writing.result()
+        await work
+        await writing
+        await context.write(
+            GenerateResponse(
+                request_id=generation.prompt.spec.request_id,
+                usage=Usage(
+                    prompt_tokens=len(generation.prompt.token_ids),
+                    completion_tokens=generation.num_output_tokens,
+                    cached_tokens=generation.cached_tokens,
+                ),
+            )
+        )
+    finally:
+        for task in (work, writing):
+            task.cancel()
+        await asyncio.gather(work, writing, return_exceptions=True)
 
 
 async def _write_pieces(

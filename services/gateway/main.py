@@ -20,7 +20,7 @@ def main() -> None:
     configure_logging("gateway", config.log_level)
     try:
         process.run(_serve(config))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         process.exit_for("gateway", error)
 
 

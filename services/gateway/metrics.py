@@ -64,6 +64,22 @@ class GatewayMetrics:
             "Choices that went on after their worker lost them.",
             registry=registry,
         )
+        self.rate_limited = Counter(
+            "rhizome_gateway_rate_limited_total",
+            "Requests refused because their tenant reached a limit per minute.",
+            ("tenant", "limit"),
+            registry=registry,
+        )
+        self.schedulers_answering = Gauge(
+            "rhizome_gateway_schedulers_answering",
+            "Schedulers whose worker table is followed now.",
+            registry=registry,
+        )
+        self.placed_without_scheduler = Counter(
+            "rhizome_gateway_placed_without_scheduler_total",
+            "Prompts placed by power of two choices because no scheduler answered.",
+            registry=registry,
+        )
         self.slow_readers = Counter(
             "rhizome_gateway_slow_readers_total",
             "Requests cancelled because their client did not read.",

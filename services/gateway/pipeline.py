@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -42,6 +43,7 @@ from services.gateway.model_limits import (
     check_vocabulary,
     fit_context,
 )
+from services.gateway.rate_limits import RateLimits
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
 from services.gateway.worker_sessions import WorkerSession, remaining_time
@@ -74,17 +76,31 @@ class Pipeline:
         workers: WorkerSessions,
         metrics: GatewayMetrics,
         max_inflight_requests: int,
+        rates: RateLimits,
     ) -> None:
         self.control = control
         self.tokenizers = tokenizers
         self.workers = workers
         self.metrics = metrics
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
+        self.rates = rates
 
     @property
     def ready(self) -> bool:
         """Whether a request could be served now."""
         return self.tokenizers.usable and self.control.table.has_ready_worker()
+
+    @contextlib.contextmanager
+    def admitted(self, prompts: Sequence[Prompt], tenant: str) -> Iterator[None]:
+        """Serve these prompts until the block ends. Raises OverloadedError."""
+        self.rates.require(tenant)
+        self.inflight.admit(len(prompts), tenant)
+        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self.rates.charge(tenant, num_requests=len(prompts), num_tokens=num_tokens)
+        try:
+            yield
+        finally:
+            self.inflight.leave(len(prompts), tenant)
 
     async def prepare(self, model: ServedModel, specs: Sequence[GenerationSpec]) -> list[Prompt]:
         """Tokenize and hash prompts and hold them against the model's limits."""
@@ -342,6 +358,8 @@ class Generation:
         metrics.prompt_tokens.labels(model).inc(len(self.prompt.token_ids))
         metrics.cached_tokens.labels(model).inc(self.cached_tokens)
         metrics.output_tokens.labels(model).inc(self.num_output_tokens)
+        tenant = self.prompt.spec.tenant
+        self._pipeline.rates.charge(tenant, num_tokens=self.num_output_tokens)
         metrics.request_latency.labels(model).observe(self.end_s - self.arrival_s)
         if first := self.first_token_s:
             metrics.time_to_first_token.labels(model).observe(first - self.arrival_s)

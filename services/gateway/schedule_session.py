@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 SILENCE_S = 1.0
 
 
+class SchedulerLostError(UnavailableError):
+    """The scheduler went silent or away; it said nothing about the request."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     placement: asyncio.Future[Placement]
@@ -58,7 +62,7 @@ class ScheduleSession:
     async def place(self, request: ScheduleRequest) -> Placement:
         """Wait for the placement; being cancelled gives it back.
 
-        Raises the scheduler's verdict, or UnavailableError when it goes silent or away.
+        Raises the scheduler's verdict, or SchedulerLostError when it goes silent or away.
         """
         loop = asyncio.get_running_loop()
         if self._serving is None:
@@ -106,7 +110,7 @@ class ScheduleSession:
             writer.cancel()
             lost, self._waiting = self._waiting, {}
             for waiting in lost.values():
-                _settle(waiting, UnavailableError(reason))
+                _settle(waiting, SchedulerLostError(reason))
             await asyncio.gather(writer, return_exceptions=True)
 
     def _on_answer(self, answer: ScheduleAnswer) -> None:
@@ -128,7 +132,7 @@ class ScheduleSession:
                 self._serving.cancel()
             return
         self._outbox.tail().cancels.append(handle)
-        _settle(self._waiting.pop(handle), UnavailableError("the scheduler says nothing of it"))
+        _settle(self._waiting.pop(handle), SchedulerLostError("the scheduler says nothing of it"))
 
 
 def _settle(waiting: _Waiting, outcome: Placement | RhizomeError) -> None:

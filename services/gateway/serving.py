@@ -63,11 +63,8 @@ class Serving:
 
     async def run(self, exchange: Exchange, generations: Sequence[Generation]) -> None:
         """Run to the end; the client's disconnect cancels everything."""
-        self.pipeline.inflight.admit(len(generations), exchange.tenant)
-        try:
+        with self.pipeline.admitted([g.prompt for g in generations], exchange.tenant):
             await exchange.watched(run_all(generations))
-        finally:
-            self.pipeline.inflight.leave(len(generations), exchange.tenant)
 
     async def stream(
         self,
@@ -82,8 +79,10 @@ class Serving:
         Until a prompt is placed an error is still an HTTP status; later it is an event. When
         placing takes long the head is sent and comments keep the connection.
         """
-        with contextlib.nullcontext() if writer is None else contextlib.closing(writer):
-            self.pipeline.inflight.admit(len(generations), exchange.tenant)
+        with (
+            contextlib.nullcontext() if writer is None else contextlib.closing(writer),
+            self.pipeline.admitted([g.prompt for g in generations], exchange.tenant),
+        ):
             self.keep_alive.streams.add(events)
             try:
                 await exchange.watched(
@@ -91,7 +90,6 @@ class Serving:
                 )
             finally:
                 self.keep_alive.streams.discard(events)
-                self.pipeline.inflight.leave(len(generations), exchange.tenant)
 
     async def _produce(
         self,

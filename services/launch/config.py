@@ -35,7 +35,7 @@ class ServeConfig(EngineFlags):
     """How the scheduler places requests. Default: its own."""
 
     tenants: Path | None = None
-    """JSON file of tenants' weights and bounds, for the scheduler. Default: all are alike."""
+    """JSON file of tenants' weights, bounds and limits per minute. Default: all are alike."""
 
     max_queue_wait_s: float | None = None
     """Refuse requests at once that would probably wait for longer. Default: requests' own

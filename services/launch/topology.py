@@ -100,6 +100,7 @@ def _gateway_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...
         *("--grpc-listen", _public_grpc(config)),
         *("--tokenizers", sockets.tokenizer, "--schedulers", sockets.scheduler),
         *("--shutdown-grace-s", str(_DRAIN_S)),
+        *(() if config.tenants is None else ("--tenants", str(config.tenants))),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from services.common.tenants import TenantSet
 from services.scheduler.fairness import Account, Bills, ServiceLedger, service_of
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.policy import PlacementRequest
-from services.scheduler.tenants import TenantSet
 
 # What outputs are taken to be before any was reported, and the weight of each report.
 _FIRST_MEAN_OUTPUT = 128.0

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from services.common.errors import OverloadedError
+from services.common.tenants import TenantSet
 from services.scheduler.drain import DrainRate
 from services.scheduler.fairness import ServiceLedger
 from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.queue import PoolQueue, Ticket
-from services.scheduler.tenants import TenantSet
 
 # Retry hints: where nothing is known yet, and the bounds of what is told.
 _LEAST_RETRY_S = 1.0

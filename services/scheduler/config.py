@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.common.policies import PolicyName
+from services.common.redis_url import check_redis_url
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
     DEFAULT_PREFIX_WEIGHT,
@@ -50,6 +51,10 @@ class SchedulerConfig:
     tenants: Path | None = None
     """JSON file of tenants' weights and bounds. Default: all are alike."""
 
+    redis_url: str | None = None
+    """Redis in which several schedulers agree on the one that gateways prefer, such as
+    `redis://host:6379/0`. Default: gateways go by the order of their own flags."""
+
     worker_wait_s: float = 5.0
     """How long a request waits when no worker may serve it (workers may be restarting)."""
 
@@ -87,6 +92,7 @@ class SchedulerConfig:
             raise ValueError(f"max_queue_wait_s must be > 0, got {self.max_queue_wait_s}")
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
+        check_redis_url(self.redis_url)
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

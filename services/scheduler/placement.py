@@ -12,6 +12,7 @@ from services.common.errors import (
     NotFoundError,
     UnavailableError,
 )
+from services.common.tenants import TenantSet
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
 from services.scheduler.charges import charge, charge_of
@@ -28,7 +29,6 @@ from services.scheduler.pools import Pool, PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
-from services.scheduler.tenants import TenantSet
 from services.scheduler.views import Load, Worker, WorkerView
 from services.scheduler.waiting import WaitingTickets
 

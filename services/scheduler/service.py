@@ -14,9 +14,12 @@ from grpc import aio
 
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
 from services.common.rpc import RunningServer, open_channel, running_server
+from services.common.shared_store import SharedStore
+from services.common.tenants import read_tenants
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.endpoints import WorkerTable
 from services.scheduler.index_client import MATCH_DEADLINE_S, IndexClient, index_client
+from services.scheduler.leadership import Leadership
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
@@ -24,7 +27,6 @@ from services.scheduler.policies import make_policy
 from services.scheduler.pools import PoolSet, read_declarations
 from services.scheduler.reservations import ReservationBook
 from services.scheduler.servicer import SchedulerServicer
-from services.scheduler.tenants import read_tenants
 from services.scheduler.watch import TableWatch
 
 logger = logging.getLogger(__name__)
@@ -51,14 +53,20 @@ async def running_scheduler(
     metrics = SchedulerMetrics()
     channel = open_channel(config.cache_index) if config.cache_index is not None else None
     async with index_client(channel, metrics, match_deadline_s) as index:
-        placer, servicer = _assemble(config, pools, metrics, index)
+        table = WorkerTable(config.lease_s)
+        watch = TableWatch(table, pools)
+        table.on_change = watch.notify
+        placer, servicer = _assemble(config, pools, table, watch, metrics, index)
 
         def add(server: aio.Server) -> None:
             pb_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
 
         sweeper = asyncio.create_task(_sweep_for_ever(placer))
         try:
-            async with running_server(add, [_SERVICE], config.listen, grace_s=grace_s) as server:
+            async with (
+                running_server(add, [_SERVICE], config.listen, grace_s=grace_s) as server,
+                _standing(config.redis_url, pools, table, watch, metrics),
+            ):
                 yield RunningScheduler(server, metrics)
         finally:
             sweeper.cancel()
@@ -66,13 +74,15 @@ async def running_scheduler(
 
 
 def _assemble(
-    config: SchedulerConfig, pools: PoolSet, metrics: SchedulerMetrics, index: IndexClient | None
+    config: SchedulerConfig,
+    pools: PoolSet,
+    table: WorkerTable,
+    watch: TableWatch,
+    metrics: SchedulerMetrics,
+    index: IndexClient | None,
 ) -> tuple[Placer, SchedulerServicer]:
     rng = random.Random()
     clock = time.monotonic
-    table = WorkerTable(config.lease_s)
-    watch = TableWatch(table, pools)
-    table.on_change = watch.notify
     policy = make_policy(
         config.policy,
         rng,
@@ -97,6 +107,32 @@ def _assemble(
     )
     servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)
     return placer, servicer
+
+
+@contextlib.asynccontextmanager
+async def _standing(
+    redis_url: str | None,
+    pools: PoolSet,
+    table: WorkerTable,
+    watch: TableWatch,
+    metrics: SchedulerMetrics,
+) -> AsyncIterator[None]:
+    """Stand for leader until the block ends; nothing without Redis."""
+    metrics.gauge("leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0))
+    if redis_url is None:
+        yield
+        return
+    store = SharedStore(redis_url, metrics.registry, "rhizome_scheduler")
+    leadership = Leadership(
+        store, lambda: any(map(table.num_ready, pools.pools)), on_change=watch.lead
+    )
+    standing = asyncio.create_task(leadership.run())
+    try:
+        yield
+    finally:
+        standing.cancel()
+        await asyncio.gather(standing, return_exceptions=True)
+        await store.aclose()
 
 
 async def _sweep_for_ever(placer: Placer) -> None:

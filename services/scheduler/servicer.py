@@ -110,7 +110,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
                 message = self._watch.table_message()
                 sent = message.table_version
             else:
-                message = wire.unchanged_response(self._table)
+                message = self._watch.unchanged_message()
             await context.write(message)
             await self._watch.wait_beyond(sent)
 

@@ -15,9 +15,13 @@ _UNCHANGED_INTERVAL_S = 0.5
 
 
 class TableWatch:
-    """Wakes watchers, and builds one message a version for all of them."""
+    """Wakes watchers, and builds one message a version for all of them.
+
+    `leader_term` goes with every message.
+    """
 
     def __init__(self, table: WorkerTable, pools: PoolSet) -> None:
+        self.leader_term = 0
         self._table = table
         self._pools = pools
         self._message = WatchWorkersResponse()
@@ -36,7 +40,19 @@ class TableWatch:
         """The table now."""
         if self._message.table_version != self._table.version:
             self._message = table_response(self._table, self._pools)
+        self._message.leader_term = self.leader_term
         return self._message
+
+    def unchanged_message(self) -> WatchWorkersResponse:
+        """The table is as it was."""
+        return WatchWorkersResponse(
+            table_version=self._table.version, unchanged=True, leader_term=self.leader_term
+        )
+
+    def lead(self, term: int) -> None:
+        """This scheduler leads from now on, or, with term 0, no more."""
+        self.leader_term = term
+        self.notify(membership=True)
 
     async def wait_beyond(self, sent_version: int) -> None:
         """Until there is something to say to a watcher that was just sent `sent_version`.

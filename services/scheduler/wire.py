@@ -210,10 +210,6 @@ def drain_response(reason: str) -> pb.RegisterWorkerResponse:
     return pb.RegisterWorkerResponse(drain=pb.Drain(reason=reason))
 
 
-def unchanged_response(table: WorkerTable) -> pb.WatchWorkersResponse:
-    return pb.WatchWorkersResponse(table_version=table.version, unchanged=True)
-
-
 def table_response(table: WorkerTable, pools: PoolSet) -> pb.WatchWorkersResponse:
     """The whole table. A pool appears once its identity is known, also while it is empty;
 

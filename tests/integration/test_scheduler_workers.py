@@ -14,6 +14,7 @@ from rhizome.common.v1.pool_identity_pb2 import ProtocolRange
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
 from services.common.rpc import open_channel
 from services.gateway.control_plane import ControlPlane
+from services.gateway.metrics import GatewayMetrics
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import RunningScheduler, running_scheduler
 from tests.fakes.scheduler_peers import make_description, registered_worker
@@ -133,7 +134,7 @@ async def test_a_restarted_scheduler_takes_no_model_from_a_gateway(tmp_path: Pat
     a, b = (
         make_description(f"{name}0", identity={"served_model_name": name}) for name in ("a", "b")
     )
-    control = ControlPlane([address])
+    control = ControlPlane([address], GatewayMetrics())
     async with control.following(), asyncio.timeout(30):
         async with (
             running_scheduler(config, grace_s=0.1),

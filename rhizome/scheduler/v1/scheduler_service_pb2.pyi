@@ -834,10 +834,15 @@ class WatchWorkersResponse(_message.Message):
     UNCHANGED_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
     AWAITED_MODELS_FIELD_NUMBER: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
     table_version: _builtins.int
     """Grows with every change of the table."""
     unchanged: _builtins.bool
     """True when nothing changed since the last message; pools are left out then."""
+    leader_term: _builtins.int
+    """Of several schedulers the one with the highest term is to be preferred. 0
+    when this one does not lead. All of them place whoever asks.
+    """
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
     @_builtins.property
@@ -854,10 +859,11 @@ class WatchWorkersResponse(_message.Message):
         unchanged: _builtins.bool = ...,
         pools: _abc.Iterable[Global___Pool] | None = ...,
         awaited_models: _abc.Iterable[_builtins.str] | None = ...,
+        leader_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited_models", b"awaited_models", "pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited_models", b"awaited_models", "leader_term", b"leader_term", "pools", b"pools", "table_version", b"table_version", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

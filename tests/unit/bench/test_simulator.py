@@ -64,7 +64,20 @@ def test_a_lost_workers_requests_end_on_others_with_every_token() -> None:
     served = cluster.serve(workload, arrivals, (Loss(at_s=0.5, worker=0, back_after_s=1.0),))
     assert len(served) == 40
     assert sum(request.num_attempts > 1 for request in served) > 0
-    assert cluster.metrics.value("reservations_charged") == 0
+    assert [metrics.value("reservations_charged") for metrics in cluster.metrics] == [0]
+
+
+def test_several_schedulers_serve_everything_and_charge_nothing_in_the_end() -> None:
+    workload = make_workload("shared_prefix", 60, seed=1)
+    cluster = Cluster(
+        3, "prefix_load", shape=WorkerShape(), delays=Delays(), seed=1, num_schedulers=2
+    )
+    assert len(cluster.serve(workload, workload.arrivals_ns(20.0, seed=3))) == 60
+    assert [metrics.value("reservations_charged") for metrics in cluster.metrics] == [0, 0]
+    placed = [
+        metrics.value("queue_seconds_count", priority="normal") for metrics in cluster.metrics
+    ]
+    assert placed == [30, 30]
 
 
 @pytest.mark.parametrize("output_len", [1, 16, 64, 128, 512])

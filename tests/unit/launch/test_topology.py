@@ -55,6 +55,11 @@ def test_what_the_operator_asks_reaches_the_scheduler() -> None:
     assert parsed(ServeConfig())["scheduler"].tenants is None
 
 
+def test_the_file_of_tenants_reaches_the_gateway_too() -> None:
+    assert parsed(ServeConfig(tenants=Path("/t.json")))["gateway"].tenants == Path("/t.json")
+    assert parsed(ServeConfig())["gateway"].tenants is None
+
+
 def test_what_the_operator_asks_reaches_the_worker() -> None:
     worker = parsed(
         ServeConfig(

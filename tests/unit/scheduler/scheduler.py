@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.common.tenants import TenantSet
 from services.scheduler.accounting import Outcome
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import WorkerMatch
@@ -15,7 +16,6 @@ from services.scheduler.policy import Policy
 from services.scheduler.pools import Pool, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import ReservationBook
-from services.scheduler.tenants import TenantSet
 from services.scheduler.views import WorkerView
 from tests.unit.scheduler.build import (
     Clock,

@@ -21,6 +21,7 @@ def test_every_flag_is_read() -> None:
         ({"lease_s": 1.0}, "lease_s"),
         ({"worker_wait_s": -1.0}, "worker_wait_s"),
         ({"load_weight": -0.1}, "load_weight"),
+        ({"redis_url": "localhost:6379"}, "redis_url"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(changes: dict[str, Any], name: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
+from services.common.tenants import TenantPolicy, TenantSet
 from services.scheduler.fairness import Account, Bills, ServiceLedger, service_of
-from services.scheduler.tenants import TenantPolicy, TenantSet
 
 A, B, C = Account(0, "a"), Account(0, "b"), Account(0, "c")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.errors import OverloadedError
+from services.common.tenants import TenantPolicy, TenantSet
 from services.scheduler.policy import Policy, Query
 from services.scheduler.queue import Ticket
-from services.scheduler.tenants import TenantPolicy, TenantSet
 from services.scheduler.views import Load, WorkerView
 from tests.unit.scheduler.scheduler import Scheduler, make_scheduler
 

@@ -43,7 +43,8 @@ def asked(draw: st.DrawFn, number: int) -> Query:
         excluded_worker_ids=frozenset(draw(st.sets(st.sampled_from(NAMES)))),
     )
     pages = st.integers(1, max(1, num_tokens // 16))
-    cached = draw(st.dictionaries(st.sampled_from(NAMES), pages))
+    # A prompt without a full page has nothing to be found by.
+    cached = draw(st.dictionaries(st.sampled_from(NAMES), pages)) if num_tokens >= 16 else {}
     tokens = {name: min(count * 16, num_tokens - 1) for name, count in cached.items()}
     home = draw(st.none() | st.sampled_from(NAMES))
     return Query(request, tokens, draw(st.integers(0, 300)), home, number * draw(st.floats(0, 100)))

@@ -3,10 +3,10 @@ import itertools
 import pytest
 
 from services.common.errors import UnavailableError
+from services.common.tenants import TenantPolicy, TenantSet
 from services.scheduler.fairness import ServiceLedger
 from services.scheduler.pools import Pool
 from services.scheduler.queue import PoolQueue, Ticket
-from services.scheduler.tenants import TenantPolicy, TenantSet
 from tests.unit.scheduler.build import make_request
 
 POOL = Pool({})

@@ -33,7 +33,7 @@ def take_gpu(options: EngineOptions, device: torch.device, rank: int) -> None:
     torch.cuda.set_device(_gpu_id(options, rank))
     # Its heuristics choose faster kernels than cuBLAS's own for 48 to 200 rows: 45 instead of 53 us
     # for 128 rows of an 8B model's down projection on an H100. Engines' environment says so too.
-    if torch.backends.cuda.preferred_blas_library().name != "Cublaslt":
+    if torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:
         torch.backends.cuda.preferred_blas_library("cublaslt")
 
 

@@ -25,6 +25,9 @@ MAX_CPU_POOL_BYTES = 2 * GIB
 # Never given out: the allocator's rounding and gaps, what libraries take when first used, and the
 # few MB by which float32 logits of up to 32 rows can exceed 16-bit ones of some more.
 RESERVE_BYTES = GIB // 2
+# The same of a GPU that is one of several: NCCL takes buffers when it first meets an algorithm, and
+# for the collectives of graphs. With 0.5 GiB the largest step behind all graphs did not fit.
+SHARED_RESERVE_BYTES = 3 * GIB // 2
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")

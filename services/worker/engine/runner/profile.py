@@ -20,6 +20,8 @@ from services.worker.engine.messages import LogprobSpec, SamplingParams
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EngineOptions, EnginePlan
 from services.worker.engine.runner.memory import (
+    RESERVE_BYTES,
+    SHARED_RESERVE_BYTES,
     MemoryUse,
     ModelTooLargeError,
     check_host,
@@ -105,7 +107,12 @@ def pool_budget(
         pool_budget_bytes=max(smallest_free, per_page),
         device_bytes=smallest_total,
     )
-    use = MemoryUse(total=total, free_at_start=free_at_start, weights=free_at_start - free)
+    use = MemoryUse(
+        total=total,
+        free_at_start=free_at_start,
+        weights=free_at_start - free,
+        reserve=RESERVE_BYTES if group.size == 1 else SHARED_RESERVE_BYTES,
+    )
     step = f"a step of {draft.max_step_tokens} tokens and {draft.max_running_sequences} sequences"
     try:
         use = _measured(use, model, draft, group, device)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from services.scheduler.tenants import TenantSet, read_tenants
+from services.common.tenants import TenantSet, read_tenants
 
 
 def _write(path: Path, text: str) -> Path:
@@ -37,6 +37,8 @@ def test_metrics_tell_only_listed_tenants_apart(tmp_path: Path) -> None:
         ('{"a": {"weight": 0}}', "tenant 'a': weight must be in"),
         ('{"a": {"max_queued": 1.5}}', "tenant 'a': max_queued must be a whole number"),
         ('{"a": {"max_queued": 0}}', "tenant 'a': max_queued must be >= 1"),
+        ('{"a": {"requests_per_minute": "9"}}', "requests_per_minute must be a whole number"),
+        ('{"a": {"tokens_per_minute": 0}}', "tokens_per_minute must be >= 1"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

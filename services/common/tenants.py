@@ -1,4 +1,7 @@
-"""Tenants: what each one's share and bounds are, from the operator's file."""
+"""Tenants: what each one's share and bounds are, from the operator's file.
+
+The scheduler and the gateways read the same file.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,30 @@ OTHERS = "*"
 # Who names no tenant is this one.
 NOBODY = ""
 _MAX_TENANTS = 1000
+_WHOLE_NUMBERS = ("max_queued", "requests_per_minute", "tokens_per_minute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantPolicy:
-    """One tenant's share of the service, relative to others', and how many of its requests wait."""
+    """One tenant's share of the service, relative to others', and its bounds.
+
+    The scheduler keeps the first two, gateways the rates.
+    """
 
     weight: float = 1.0
-    # In one pool; None leaves the pool's bound only.
+    # Requests that wait in one pool; None leaves the pool's bound only.
     max_queued: int | None = None
+    # Over all gateways that share a store; None is no limit.
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight must be in [0.001, 1000], got {self.weight}")
-        if self.max_queued is not None and self.max_queued < 1:
-            raise ValueError(f"max_queued must be >= 1, got {self.max_queued}")
+        for name in _WHOLE_NUMBERS:
+            bound = getattr(self, name)
+            if bound is not None and bound < 1:
+                raise ValueError(f"{name} must be >= 1, got {bound}")
 
 
 class TenantSet:
@@ -50,7 +62,7 @@ class TenantSet:
 
 
 def read_tenants(path: Path) -> TenantSet:
-    """Tenants from a JSON file: an object of name to {"weight", "max_queued"}.
+    """Tenants from a JSON file: an object of name to an object of TenantPolicy's fields.
 
     "*" stands for all that are not listed, "" for requests that name no tenant. Raises ValueError,
     naming what is wrong.
@@ -68,15 +80,17 @@ def _policy(path: Path, name: str, entry: object) -> TenantPolicy:
     where = f"{path}: tenant {name!r}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be an object")
-    unknown = entry.keys() - {"weight", "max_queued"}
+    unknown = entry.keys() - {"weight", *_WHOLE_NUMBERS}
     if unknown:
         raise ValueError(f"{where} has an unknown field {min(unknown)!r}")
-    weight, max_queued = entry.get("weight", 1.0), entry.get("max_queued")
+    weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"{where}: weight must be a number")
-    if max_queued is not None and type(max_queued) is not int:
-        raise ValueError(f"{where}: max_queued must be a whole number")
+    bounds = {name: entry.get(name) for name in _WHOLE_NUMBERS}
+    for name, bound in bounds.items():
+        if bound is not None and type(bound) is not int:
+            raise ValueError(f"{where}: {name} must be a whole number")
     try:
-        return TenantPolicy(weight=float(weight), max_queued=max_queued)
+        return TenantPolicy(weight=float(weight), **bounds)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

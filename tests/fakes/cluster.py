@@ -1,0 +1,154 @@
+"""Services as processes of their own, as many of each as a test wants, over Unix sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from openai import OpenAI
+
+from services.common.config import child_environment
+from tests.e2e.system import ROOT, free_port
+
+_READY_S = 90.0
+
+
+@dataclass(slots=True)
+class Cluster:
+    """Two workers with the built-in model, a tokenizer, an index, schedulers and gateways."""
+
+    directory: Path
+    # By name, such as `scheduler-0`.
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    # One a gateway.
+    clients: list[OpenAI] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    _arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def process(self, name: str) -> psutil.Process:
+        return psutil.Process(self.processes[name].pid)
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Start a service; without arguments, again as it was. `name` is its module and number."""
+        arguments = self._arguments.setdefault(name, arguments)
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", f"services.{name.rpartition('-')[0]}"),
+                    *("--parent-pid", str(os.getpid()), *arguments),
+                ],
+                cwd=ROOT,
+                env=child_environment({"OMP_NUM_THREADS": "1"}),
+                stdout=log,
+                stderr=log,
+            )
+
+    def metric(self, gateway: int, name: str, **labels: str) -> float:
+        """A sample of a gateway's; 0 where there is none."""
+        text = httpx.get(f"{self.urls[gateway]}/metrics").text
+        shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+        start = f"{name}{{{shown}}} " if labels else f"{name} "
+        values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
+        return float(values[0]) if values else 0.0
+
+    def wait_for(self, name: str, text: str, times: int = 1) -> None:
+        """Until a service has logged this, so often in all."""
+        deadline = time.monotonic() + _READY_S
+        while self.log(name).count(text) < times:
+            assert time.monotonic() < deadline, f"{name} never said {text!r}:\n{self.log(name)}"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes.values():
+            process.wait()
+
+
+@contextlib.contextmanager
+def running_cluster(
+    *,
+    num_schedulers: int,
+    num_gateways: int,
+    redis_url: str | None = None,
+    tenants: object = None,
+) -> Iterator[Cluster]:
+    """All ready: every scheduler knows both workers, every gateway can serve."""
+    with tempfile.TemporaryDirectory(prefix="rz-") as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        cluster = Cluster(directory)
+        stack.callback(cluster.stop)
+        store = () if redis_url is None else ("--redis-url", redis_url)
+        targets = [f"unix:{directory}/scheduler-{i}.sock" for i in range(num_schedulers)]
+        schedulers = [part for target in targets for part in ("--scheduler", target)]
+        index, tokenizer = f"unix:{directory}/index.sock", f"unix:{directory}/tokenizer.sock"
+        for number in range(2):
+            listen = f"unix:{directory}/worker-{number}.sock"
+            arguments = ("--listen", listen, "--worker-id", f"w{number}", *schedulers)
+            cluster.start(f"worker-{number}", *arguments)
+        cluster.start("tokenizer-0", "--listen", tokenizer)
+        cluster.start("cache_index-0", "--listen", index, *schedulers)
+        for number, target in enumerate(targets):
+            arguments = ("--listen", target, "--cache-index", index, *store)
+            cluster.start(f"scheduler-{number}", *arguments)
+        if tenants is not None:
+            (directory / "tenants.json").write_text(json.dumps(tenants))
+            store += ("--tenants", str(directory / "tenants.json"))
+        for number in range(num_gateways):
+            _start_gateway(cluster, number, targets, tokenizer, store, stack)
+        for number in range(num_schedulers):
+            cluster.wait_for(f"scheduler-{number}", "event=worker_registered", times=2)
+        for number in range(num_gateways):
+            _wait_until_serving(cluster, f"gateway-{number}")
+        yield cluster
+
+
+def _start_gateway(
+    cluster: Cluster,
+    number: int,
+    schedulers: list[str],
+    tokenizer: str,
+    extra: tuple[str, ...],
+    stack: contextlib.ExitStack,
+) -> None:
+    port = free_port()
+    cluster.start(
+        f"gateway-{number}",
+        *("--port", str(port), "--tokenizers", tokenizer, *extra),
+        *("--grpc-listen", f"unix:{cluster.directory}/gateway-{number}.sock"),
+        *(part for target in schedulers for part in ("--schedulers", target)),
+    )
+    url = f"http://127.0.0.1:{port}"
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    cluster.urls.append(url)
+    cluster.clients.append(stack.enter_context(client))
+
+
+def _wait_until_serving(cluster: Cluster, name: str) -> None:
+    deadline = time.monotonic() + _READY_S
+    with grpc.insecure_channel(f"unix:{cluster.directory}/{name}.sock") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while time.monotonic() < deadline:
+            assert cluster.processes[name].poll() is None, cluster.log(name)
+            with contextlib.suppress(grpc.RpcError):
+                response = stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            time.sleep(0.05)
+    raise AssertionError(f"{name} does not serve:\n{cluster.log(name)}")
