@@ -38,8 +38,10 @@ logger = logging.getLogger(__name__)
 _NUM_CONTEXT_IDS = 8
 # Choices fail when no tokenizer was found for this long.
 _PATIENCE_S = 10.0
-# A replica that answers nothing for this long while ids wait is given up.
+# A replica that answers nothing for this long while ids wait is given up; later where it is the
+# only one, since replaying all ids makes a slow one slower.
 _SILENCE_S = 1.0
+_ALONE_SILENCE_S = 5.0
 _RETRY_S = 0.1
 
 
@@ -58,6 +60,8 @@ class TextSession:
         # Whether ids were sent and nothing came since.
         self._unanswered = False
         self._silence = Silence()
+        # Who answers the call.
+        self._replica: TokenizerReplica | None = None
         self._opened = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
@@ -102,9 +106,12 @@ class TextSession:
 
     def check(self) -> None:
         """Give up a replica that has gone silent; called every CHECK_INTERVAL_S."""
-        if self._call is None or not self._unanswered:
+        replica = self._replica
+        if self._call is None or replica is None or not self._unanswered:
             self._silence.end()
-        elif self._silence.check() > _SILENCE_S:
+            return
+        patience_s = _SILENCE_S if self._tokenizers.has_others(replica) else _ALONE_SILENCE_S
+        if self._silence.check() > patience_s:
             logger.warning("event=text_session_silent handles=%d", len(self._choices))
             self._call.cancel()
 
@@ -154,7 +161,7 @@ class TextSession:
         call = replica.stub.StreamText()
         self._outbox.clear()
         self._heard()
-        self._call = call
+        self._call, self._replica = call, replica
         for handle, choice in sorted(self._choices.items()):
             self._send_open(handle, choice)
         writer = asyncio.create_task(self._outbox.drain(call))

@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 # How long a worker keeps the sequences of a broken stream, and how often we try meanwhile.
 _RESUME_WINDOW_S = 2.0
 _RESUME_RETRY_S = 0.05
-# Heartbeats come every 100 ms; silence for this long means a dead connection or a stopped worker.
-# It counts as part of the window. Where no other worker could go on there is no hurry.
+# Heartbeats come every 100 ms; silence for this long, which counts as part of the window, means a
+# dead connection or a stopped worker. Where no other worker could go on there is no hurry.
 _SILENCE_S = 1.0
 _ALONE_SILENCE_S = 3.0
 # Longest time in which a worker answers the first opening of a session.
@@ -215,9 +215,9 @@ class WorkerSession:
         self._call = call
         writer: asyncio.Task[None] | None = None
         try:
-            await call.write(ConnectRequest(open=self._open_message(resume)))
             opening_s = _OPEN_S if resume_until is None else resume_until - time.monotonic()
             async with asyncio.timeout(opening_s):
+                await call.write(ConnectRequest(open=self._open_message(resume)))
                 first = await call.read()
             if not isinstance(first, ConnectResponse) or first.WhichOneof("message") != "opened":
                 raise SessionBrokenError("the worker ended the session before it opened")
@@ -228,10 +228,9 @@ class WorkerSession:
             writer = asyncio.create_task(self._outbox.drain(call))
             while isinstance(response := await call.read(), ConnectResponse):
                 self._silence.end()
-                kind = response.WhichOneof("message")
-                if kind == "frame":
+                if response.HasField("frame"):
                     self._on_frame(response.frame)
-                elif kind == "heartbeat":
+                elif response.HasField("heartbeat"):
                     self._on_heartbeat(response.heartbeat)
             await _raise_status(call)
         except TimeoutError as error:
@@ -267,8 +266,8 @@ class WorkerSession:
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._draining = heartbeat.draining
-        now = time.monotonic()
-        if self._step_watch.is_hung(heartbeat, now, self._has_others(self.worker_id)):
+        has_others = self._has_others(self.worker_id)
+        if self._step_watch.is_hung(heartbeat, time.monotonic(), has_others):
             raise PreconditionError("the worker's engine hangs")
 
     def _on_frame(self, frame: StepFrame) -> None:

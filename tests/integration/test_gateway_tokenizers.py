@@ -68,14 +68,30 @@ async def test_a_prompt_at_a_replica_that_stands_still_goes_to_another() -> None
 
 
 async def test_a_prompt_that_takes_long_stays_where_it_is() -> None:
+    slow = [SlowTokenizer(), SlowTokenizer()]
+    async with running_slow_tokenizer(slow[0]) as first, running_slow_tokenizer(slow[1]) as second:
+        pool = TokenizerPool((first, second), lambda: None)
+        async with pool.following():
+            await until(lambda: {_picked(pool), _picked(pool)} == {first, second})
+            asked = sum(each.num_asked for each in slow)
+            answer = asyncio.create_task(pool.tokenize(INPUTS, "", 16))
+            await until(lambda: sum(each.num_asked for each in slow) >= asked + 2)
+            for each in slow:
+                each.done.set()
+            assert (await answer)[0].token_ids == [7]
+            assert sum(each.num_prompts for each in slow) == 1
+
+
+async def test_the_only_replica_is_waited_for() -> None:
     slow = SlowTokenizer()
     async with running_slow_tokenizer(slow) as address:
         pool = TokenizerPool((address,), lambda: None)
         async with pool.following():
             await until(lambda: pool.usable)
-            asked = slow.num_asked
+            slow.there = False
             answer = asyncio.create_task(pool.tokenize(INPUTS, "", 16))
-            await until(lambda: slow.num_asked >= asked + 2)
+            # Longer than one that had another would be given.
+            await asyncio.wait((answer,), timeout=2.0)
             slow.done.set()
             assert (await answer)[0].token_ids == [7]
             assert slow.num_prompts == 1
