@@ -22,7 +22,7 @@ class Streamed:
 
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
-    # Longest time without a chunk, its first included; to be shown, not asserted.
+    # Longest time without a chunk, its first included.
     longest_gap_s: float = 0.0
 
 

@@ -133,11 +133,10 @@ def run_all(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, fault_scale: float) -> Sequence[Sampled]:
-    number = max(4, round(32 * fault_scale))
-    sampled = run_all(cluster, number)
+def undisturbed(cluster: Cluster, num_streams: int) -> Sequence[Sampled]:
+    sampled = run_all(cluster, num_streams)
     # A model that says the same to everybody would show nothing.
-    assert len({text for one in sampled for text in one.texts.values()}) == 2 * number
+    assert len({text for one in sampled for text in one.texts.values()}) == 2 * num_streams
     return sampled
 
 

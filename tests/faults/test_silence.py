@@ -59,11 +59,6 @@ def net() -> Iterator[Net]:
 
 
 @pytest.fixture(scope="module")
-def num_streams(fault_scale: float) -> int:
-    return max(4, round(32 * fault_scale))
-
-
-@pytest.fixture(scope="module")
 def undisturbed(net: Net, num_streams: int) -> list[Streamed]:
     return run_rounds(net.cluster.clients, num_streams, lambda: None)
 
