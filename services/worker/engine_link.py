@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,8 @@ from services.worker.engine.spec import EngineSpec, encode_message
 
 logger = logging.getLogger(__name__)
 
+# What runs an engine, but for its spec.
+ENGINE_COMMAND = (sys.executable, "-m", "services.worker.engine.process")
 # Outputs taken before the event loop's other work gets its turn.
 _MAX_OUTPUTS_A_TURN = 16
 
@@ -107,8 +109,9 @@ class EngineProcess:
         options: EngineOptions,
         log_level: str,
         kernel_cache_dir: Path | None = None,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> EngineProcess:
-        """Start the engine at the other end of `link`."""
+        """Start the engine at the other end of `link`; `command` gets its spec as one argument."""
         spec = EngineSpec(
             input_address=link.input_address,
             output_address=link.output_address,
@@ -117,12 +120,8 @@ class EngineProcess:
             options=options,
         )
         process = await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-m",
-                "services.worker.engine.process",
-                encode_message(spec).decode(),
-            ),
+            *command,
+            encode_message(spec).decode(),
             env=child_environment(engine_environment(kernel_cache_dir)),
         )
         logger.info("event=engine_started pid=%s", process.pid)

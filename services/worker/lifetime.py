@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from rhizome.common.v1 import pool_identity_pb2, worker_role_pb2
@@ -12,7 +13,7 @@ from services.common.model_files import chat_template_digest, model_revision, to
 from services.common.prefix_hash import HASH_VERSION
 from services.common.process import stop_event
 from services.worker.config import WorkerConfig
-from services.worker.engine_link import EngineProcess, engine_link
+from services.worker.engine_link import ENGINE_COMMAND, EngineProcess, engine_link
 from services.worker.replica import Replica, ReplicaFailedError, WorkerIdentity
 from services.worker.service import RunningWorker, ServiceOptions, running_worker
 
@@ -24,14 +25,18 @@ _ENGINE_GRACE_S = 3.0
 _LAST_MESSAGE_S = 0.5
 
 
-async def serve(config: WorkerConfig) -> None:
+async def serve(config: WorkerConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
     """Serve until SIGTERM or SIGINT. Raises ReplicaFailedError when the engine is gone."""
     stop = stop_event()
     options = service_options(config)
     async with engine_link() as link:
         # Started before the server: gRPC's threads and a fork do not go well together.
         engine = await EngineProcess.start(
-            link, config.engine_options(), config.log_level, config.kernel_cache_dir
+            link,
+            config.engine_options(),
+            config.log_level,
+            config.kernel_cache_dir,
+            engine_command,
         )
         grace_s = 0.0
         try:

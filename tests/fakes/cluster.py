@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 import httpx
@@ -27,7 +29,7 @@ _READY_S = 90.0
 
 @dataclass(slots=True)
 class Cluster:
-    """Two workers with the built-in model, a tokenizer, an index, schedulers and gateways."""
+    """Workers with the built-in model, a tokenizer, an index, schedulers and gateways."""
 
     directory: Path
     # By name, such as `scheduler-0`.
@@ -35,7 +37,7 @@ class Cluster:
     # One a gateway.
     clients: list[OpenAI] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
-    _arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def process(self, name: str) -> psutil.Process:
         return psutil.Process(self.processes[name].pid)
@@ -43,14 +45,16 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text()
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Start a service; without arguments, again as it was. `name` is its module and number."""
-        arguments = self._arguments.setdefault(name, arguments)
+    def start(self, name: str, *arguments: str, program: Sequence[str] = ()) -> None:
+        """Start a service; without arguments, again as it was. `name` is its module and number,
+        unless `program` is the module to run, with its first arguments."""
+        program = program or (f"services.{name.rpartition('-')[0]}",)
+        command = self._commands.setdefault(name, (*program, *arguments))
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"services.{name.rpartition('-')[0]}"),
-                    *("--parent-pid", str(os.getpid()), *arguments),
+                    *(sys.executable, "-m", *command),
+                    *("--parent-pid", str(os.getpid())),
                 ],
                 cwd=ROOT,
                 env=child_environment({"OMP_NUM_THREADS": "1"}),
@@ -60,11 +64,12 @@ class Cluster:
 
     def metric(self, gateway: int, name: str, **labels: str) -> float:
         """A sample of a gateway's; 0 where there is none."""
-        text = httpx.get(f"{self.urls[gateway]}/metrics").text
-        shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-        start = f"{name}{{{shown}}} " if labels else f"{name} "
-        values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
-        return float(values[0]) if values else 0.0
+        return _sample(f"{self.urls[gateway]}/metrics", name, labels)
+
+    def service_metric(self, service: str, name: str, **labels: str) -> float:
+        """The same of a scheduler or worker."""
+        (port,) = re.findall(r"event=metrics_served port=(\d+)", self.log(service))[-1:]
+        return _sample(f"http://127.0.0.1:{port}/metrics", name, labels)
 
     def wait_for(self, name: str, text: str, times: int = 1) -> None:
         """Until a service has logged this, so often in all."""
@@ -86,10 +91,16 @@ def running_cluster(
     *,
     num_schedulers: int,
     num_gateways: int,
+    num_workers: int = 2,
     redis_url: str | None = None,
     tenants: object = None,
+    step_floor_ms: float | None = None,
+    flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[Cluster]:
-    """All ready: every scheduler knows both workers, every gateway can serve."""
+    """All ready: every scheduler knows all workers, every gateway can serve.
+
+    `flags` are further ones by module; with `step_floor_ms` no engine's step is shorter.
+    """
     with tempfile.TemporaryDirectory(prefix="rz-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         cluster = Cluster(directory)
@@ -98,25 +109,42 @@ def running_cluster(
         targets = [f"unix:{directory}/scheduler-{i}.sock" for i in range(num_schedulers)]
         schedulers = [part for target in targets for part in ("--scheduler", target)]
         index, tokenizer = f"unix:{directory}/index.sock", f"unix:{directory}/tokenizer.sock"
-        for number in range(2):
-            listen = f"unix:{directory}/worker-{number}.sock"
-            arguments = ("--listen", listen, "--worker-id", f"w{number}", *schedulers)
-            cluster.start(f"worker-{number}", *arguments)
+        floored = ("tests.fakes.floored_worker", str(step_floor_ms))
+        for number in range(num_workers):
+            cluster.start(
+                f"worker-{number}",
+                *("--listen", f"unix:{directory}/worker-{number}.sock"),
+                *("--worker-id", f"w{number}", *schedulers, *flags.get("worker", ())),
+                *("--metrics-port", "0"),
+                program=() if step_floor_ms is None else floored,
+            )
         cluster.start("tokenizer-0", "--listen", tokenizer)
         cluster.start("cache_index-0", "--listen", index, *schedulers)
         for number, target in enumerate(targets):
-            arguments = ("--listen", target, "--cache-index", index, *store)
-            cluster.start(f"scheduler-{number}", *arguments)
+            cluster.start(
+                f"scheduler-{number}",
+                *("--listen", target, "--cache-index", index, *store),
+                *("--metrics-port", "0", *flags.get("scheduler", ())),
+            )
         if tenants is not None:
             (directory / "tenants.json").write_text(json.dumps(tenants))
             store += ("--tenants", str(directory / "tenants.json"))
+        store += tuple(flags.get("gateway", ()))
         for number in range(num_gateways):
             _start_gateway(cluster, number, targets, tokenizer, store, stack)
         for number in range(num_schedulers):
-            cluster.wait_for(f"scheduler-{number}", "event=worker_registered", times=2)
+            cluster.wait_for(f"scheduler-{number}", "event=worker_registered", times=num_workers)
         for number in range(num_gateways):
             _wait_until_serving(cluster, f"gateway-{number}")
         yield cluster
+
+
+def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
+    text = httpx.get(url).text
+    shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    start = f"{name}{{{shown}}} " if labels else f"{name} "
+    values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
+    return float(values[0]) if values else 0.0
 
 
 def _start_gateway(

@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -85,8 +86,8 @@ class ZmqOutbox:
         self._socket.close(linger=_LINGER_MS)
 
 
-def main() -> None:
-    """Run one engine until it is told to stop or fails."""
+def main(wrap: Callable[[Runner], Runner] = lambda runner: runner) -> None:
+    """Run one engine, on the runner as `wrap` gives it back, until it is told to stop or fails."""
     spec = msgspec.json.decode(sys.argv[1], type=EngineSpec, dec_hook=decode_path)
     # Ctrl-C reaches the whole group; the front decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,7 +97,7 @@ def main() -> None:
     inbox = ZmqInbox(context, spec.input_address)
     outbox = ZmqOutbox(context, spec.output_address)
     try:
-        succeeded = run_engine(spec.options, inbox, outbox)
+        succeeded = run_engine(spec.options, inbox, outbox, wrap)
     finally:
         inbox.close()
         outbox.close()
@@ -104,10 +105,16 @@ def main() -> None:
     sys.exit(0 if succeeded else 1)
 
 
-def run_engine(options: EngineOptions, inbox: ZmqInbox, outbox: ZmqOutbox) -> bool:
+def run_engine(
+    options: EngineOptions,
+    inbox: ZmqInbox,
+    outbox: ZmqOutbox,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
+) -> bool:
     """Load, then serve until told to stop; False after a failure, which the front was told."""
     try:
-        runner, plan = _load(options, outbox)
+        loaded, plan = _load(options, outbox)
+        runner = wrap(loaded)
     except Exception as error:
         # A wrong wish or a model that does not fit is explained by its message alone.
         is_explained = isinstance(error, ValueError | MemoryError)

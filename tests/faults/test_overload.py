@@ -1,0 +1,242 @@
+"""Too many requests, a tenant that floods, clients that leave, a gateway that stands still.
+
+Engines' steps are floored, so that capacity is a matter of slots and not of what the machine does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.fakes.cluster import Cluster, running_cluster
+from tests.faults.resources import Held, growth, held_by, settle
+from tests.faults.traffic import (
+    APIS,
+    Client,
+    Sent,
+    client_of,
+    closed_loop,
+    open_loop,
+    quantile,
+)
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+STEP_S = 0.05
+SLOTS = 8
+# Requests of a service that is as busy as it can be: some wait, none for too long.
+SATURATING = 3 * SLOTS
+MAX_WAIT_S = 2
+# Chunks of an allocator's arenas, buffers of connections: what a process may gain and keep.
+SPARE_MIB = 8.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster(
+        num_schedulers=1,
+        num_gateways=2,
+        step_floor_ms=STEP_S * 1000,
+        flags={
+            "worker": ("--max-running-requests", str(SLOTS), "--max-total-tokens", "32768"),
+            "scheduler": ("--max-queue-wait-s", str(MAX_WAIT_S)),
+        },
+    ) as running:
+        yield running
+
+
+def some_tokens(rng: random.Random) -> int:
+    """Lengths that differ, so that slots become free one by one."""
+    return rng.randint(16, 48)
+
+
+def goodput(sent: Sequence[Sent], since: float, until: float) -> float:
+    """Tokens a second of requests that ended well, each taken to have come evenly."""
+    tokens = 0.0
+    for request in sent:
+        if request.fate == "ok":
+            # Before its first token it may have waited; who does not stream is taken by its end.
+            began = request.ended_s - request.num_tokens * STEP_S
+            overlap = min(until, request.ended_s) - max(since, began)
+            tokens += request.num_tokens * max(0.0, overlap) / (request.ended_s - began)
+    return tokens / (until - since)
+
+
+async def watch(cluster: Cluster, samples: list[dict[str, Held]]) -> None:
+    """Memory of all services, twice a second, for ever."""
+    while True:
+        samples.append(await asyncio.to_thread(held_by, cluster))
+        await asyncio.sleep(0.5)
+
+
+async def test_ten_times_too_much_costs_no_goodput_and_no_memory(
+    cluster: Cluster, fault_scale: float
+) -> None:
+    seconds = max(6.0, 60 * fault_scale)
+    async with client_of(cluster) as client:
+        began = time.monotonic()
+        at_peak = await closed_loop(client, 2 + max(6.0, seconds / 4), SATURATING, some_tokens)
+        peak_until = max(sent.began_s for sent in at_peak)
+        peak = goodput(at_peak, began + 2, peak_until)
+        rate = len(at_peak) / (peak_until - began)
+        samples: list[dict[str, Held]] = []
+        watching = asyncio.create_task(watch(cluster, samples))
+        began = time.monotonic()
+        flooded = await open_loop(client, seconds, 10 * rate, some_tokens)
+        watching.cancel()
+        kept = goodput(flooded, began + 2, began + seconds)
+        assert await settle(cluster) == {}
+    fates = Counter(sent.fate for sent in flooded)
+    third = len(samples) // 3
+    grown = growth(samples[third], samples[-1])
+    print(f"peak {peak:.0f} tokens/s, {rate:.1f} requests/s; flooded {kept:.0f} tokens/s, {fates}")
+    print(f"MiB grown in the last two thirds: {grown}")
+    assert set(fates) == {"ok", "shed"}
+    assert {sent.fate for sent in at_peak} == {"ok"}
+    for api in APIS:
+        assert {sent.fate for sent in flooded if sent.api == api} == {"ok", "shed"}
+    assert kept >= 0.9 * peak
+    assert max(grown.values()) <= SPARE_MIB
+
+
+async def test_a_flooding_tenant_slows_nobody_else(cluster: Cluster, fault_scale: float) -> None:
+    """Latency is held in mean steps of its time, so that a busy machine counts in neither."""
+    seconds = max(10.0, 60 * fault_scale)
+
+    async def quiet(client: Client) -> tuple[list[Sent], float]:
+        before = steps(cluster)
+        sent = await closed_loop(
+            client, seconds, 6, lambda rng: 40, tenant=lambda index: f"quiet-{index % 3}"
+        )
+        after = steps(cluster)
+        step_s = (after[0] - before[0]) / (after[1] - before[1])
+        return sent, step_s
+
+    async with client_of(cluster) as client:
+        alone, alone_step_s = await quiet(client)
+        flooding = asyncio.create_task(
+            open_loop(client, 3 + seconds, 60, lambda rng: rng.randint(2, 30), tenant="flood")
+        )
+        await asyncio.sleep(3)
+        beside, beside_step_s = await quiet(client)
+        flood = await flooding
+        assert await settle(cluster) == {}
+    p99_alone = quantile([sent.latency_s / alone_step_s for sent in alone], 0.99)
+    p99_beside = quantile([sent.latency_s / beside_step_s for sent in beside], 0.99)
+    fates = Counter(sent.fate for sent in flood)
+    print(f"p99 {p99_alone:.1f} steps of {alone_step_s * 1e3:.0f} ms alone ({len(alone)}), ")
+    print(f"{p99_beside:.1f} steps of {beside_step_s * 1e3:.0f} ms beside the flood: {fates}")
+    assert {sent.fate for sent in alone + beside} == {"ok"}
+    # It was a flood: most of it had to go, and what was left took all that others left.
+    assert set(fates) == {"ok", "shed"}
+    assert p99_beside <= 1.5 * p99_alone
+
+
+def steps(cluster: Cluster) -> tuple[float, float]:
+    """Seconds in steps and their number, over all workers."""
+    name = "rhizome_worker_step_seconds"
+    seconds, number = (
+        sum(cluster.service_metric(f"worker-{i}", f"{name}_{part}") for i in range(2))
+        for part in ("sum", "count")
+    )
+    return seconds, number
+
+
+async def test_clients_that_leave_leave_nothing_behind(
+    cluster: Cluster, fault_scale: float
+) -> None:
+    number = max(200, round(10_000 * fault_scale))
+
+    async def leave(number: int, seed: int) -> None:
+        async with client_of(cluster) as client:
+            await asyncio.gather(
+                *(leave_often(client, cluster, number // 40, seed + i) for i in range(40))
+            )
+
+    await leave(number // 5, 0)
+    assert await settle(cluster) == {}
+    before = held_by(cluster)
+    await leave(number, 1000)
+    assert await settle(cluster) == {}
+    after = held_by(cluster)
+    grown = growth(before, after)
+    opened = {name: after[name].num_fds - held.num_fds for name, held in before.items()}
+    print(f"MiB grown: {grown}; descriptors: {opened}")
+    assert max(grown.values()) <= SPARE_MIB
+    assert max(opened.values()) <= 2
+    async with client_of(cluster) as client:
+        assert {(await client.ask(api, "And now?", 4)).fate for api in APIS} == {"ok"}
+
+
+async def leave_often(client: Client, cluster: Cluster, times: int, seed: int) -> None:
+    """Ask and go away, at any moment of a request's life."""
+    rng = random.Random(seed)
+    for _ in range(times):
+        patience_s = 1.5 * rng.random() ** 3
+        if rng.random() < 0.2:
+            await leave_rudely(cluster, rng, patience_s)
+            continue
+        prompt = f"Count {rng.randrange(10**6)} sheep." * rng.choice([1, 1, 30])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await client.ask(rng.choice(APIS), prompt, rng.randint(1, 100))
+
+
+async def leave_rudely(cluster: Cluster, rng: random.Random, patience_s: float) -> None:
+    """Send a request or a part of it, read nothing, and reset the connection."""
+    port = int(rng.choice(cluster.urls).rpartition(":")[2])
+    stream = rng.choice(["true", "false"])
+    body = f'{{"text": "Rude", "stream": {stream}, "sampling_params": {{"max_new_tokens": 50}}}}'
+    request = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        f"content-type: application/json\r\n\r\n{body}"
+    )
+    length = len(request) if rng.random() < 0.7 else rng.randrange(len(request))
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request[:length].encode())
+    await asyncio.sleep(patience_s)
+    writer.transport.abort()
+
+
+async def test_a_gateway_that_stands_still_slows_no_other(
+    cluster: Cluster, fault_scale: float
+) -> None:
+    """Half of the streams go through a gateway that is stopped, then goes on."""
+    seconds = max(5.0, 20 * fault_scale)
+    num_tokens = round((2.2 * seconds + 4) / STEP_S)
+    halted = cluster.process("gateway-0")
+    async with client_of(cluster) as client:
+        streams = [
+            asyncio.create_task(client.ask("stream", f"Story {index}", num_tokens, gateway=gateway))
+            for index in range(SLOTS // 2)
+            for gateway in range(2)
+        ]
+        await asyncio.sleep(2)
+        times = [time.monotonic()]
+        await asyncio.sleep(seconds)
+        try:
+            halted.suspend()
+            times.append(time.monotonic())
+            await asyncio.sleep(seconds)
+            times.append(time.monotonic())
+        finally:
+            halted.resume()
+        sent = await asyncio.gather(*streams)
+        assert await settle(cluster) == {}
+    gaps = [gap for stream in sent[1::2] for gap in stream.gaps_s]
+    before, during = (
+        quantile([gap for at, gap in gaps if since <= at < until], 0.99)
+        for since, until in zip(times, times[1:], strict=False)
+    )
+    print(f"p99 between pieces {before * 1e3:.1f} ms, then {during * 1e3:.1f} ms")
+    assert {stream.fate for stream in sent} == {"ok"}
+    # Those of the halted gateway lost nothing by it.
+    assert [stream.text for stream in sent[::2]] == [stream.text for stream in sent[1::2]]
+    assert max(gap for stream in sent[::2] for _, gap in stream.gaps_s) >= seconds
+    assert during <= 1.2 * before
