@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.fakes.cluster import Cluster, running_cluster
-from tests.faults.resources import Held, growth, held_by, settle
+from tests.faults.resources import MIB, Held, growth, held_by, settle
 from tests.faults.traffic import (
     APIS,
     Client,
@@ -33,8 +33,11 @@ SLOTS = 8
 # Requests of a service that is as busy as it can be: some wait, none for too long.
 SATURATING = 3 * SLOTS
 MAX_WAIT_S = 2
+POOL_TOKENS = 4096
 # Chunks of an allocator's arenas, buffers of connections: what a process may gain and keep.
 SPARE_MIB = 8.0
+# An engine's pool becomes resident page by page: 4 layers, keys and values, 2 heads of 128 floats.
+POOL_MIB = POOL_TOKENS * 4 * 2 * 2 * 128 * 4 / MIB
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,12 @@ def cluster() -> Iterator[Cluster]:
         num_gateways=2,
         step_floor_ms=STEP_S * 1000,
         flags={
-            "worker": ("--max-running-requests", str(SLOTS), "--max-total-tokens", "32768"),
+            "worker": (
+                "--max-running-requests",
+                str(SLOTS),
+                "--max-total-tokens",
+                str(POOL_TOKENS),
+            ),
             "scheduler": ("--max-queue-wait-s", str(MAX_WAIT_S)),
         },
     ) as running:
@@ -81,7 +89,7 @@ async def test_ten_times_too_much_costs_no_goodput_and_no_memory(
     seconds = max(6.0, 60 * fault_scale)
     async with client_of(cluster) as client:
         began = time.monotonic()
-        at_peak = await closed_loop(client, 2 + max(6.0, seconds / 4), SATURATING, some_tokens)
+        at_peak = await closed_loop(client, max(7.0, seconds / 4), SATURATING, some_tokens)
         peak_until = max(sent.began_s for sent in at_peak)
         peak = goodput(at_peak, began + 2, peak_until)
         rate = len(at_peak) / (peak_until - began)
@@ -102,17 +110,22 @@ async def test_ten_times_too_much_costs_no_goodput_and_no_memory(
     for api in APIS:
         assert {sent.fate for sent in flooded if sent.api == api} == {"ok", "shed"}
     assert kept >= 0.9 * peak
-    assert max(grown.values()) <= SPARE_MIB
+    assert_flat(grown)
+
+
+def assert_flat(grown: dict[str, float]) -> None:
+    for name, mib in grown.items():
+        assert mib <= SPARE_MIB + (POOL_MIB if name.endswith("engine") else 0), (name, mib)
 
 
 async def test_a_flooding_tenant_slows_nobody_else(cluster: Cluster, fault_scale: float) -> None:
     """Latency is held in mean steps of its time, so that a busy machine counts in neither."""
-    seconds = max(10.0, 60 * fault_scale)
+    seconds = max(7.0, 60 * fault_scale)
 
     async def quiet(client: Client) -> tuple[list[Sent], float]:
         before = steps(cluster)
         sent = await closed_loop(
-            client, seconds, 6, lambda rng: 40, tenant=lambda index: f"quiet-{index % 3}"
+            client, seconds, 6, lambda rng: 60, tenant=lambda index: f"quiet-{index % 3}"
         )
         after = steps(cluster)
         step_s = (after[0] - before[0]) / (after[1] - before[1])
@@ -168,7 +181,7 @@ async def test_clients_that_leave_leave_nothing_behind(
     grown = growth(before, after)
     opened = {name: after[name].num_fds - held.num_fds for name, held in before.items()}
     print(f"MiB grown: {grown}; descriptors: {opened}")
-    assert max(grown.values()) <= SPARE_MIB
+    assert_flat(grown)
     assert max(opened.values()) <= 2
     async with client_of(cluster) as client:
         assert {(await client.ask(api, "And now?", 4)).fate for api in APIS} == {"ok"}
@@ -207,9 +220,18 @@ async def leave_rudely(cluster: Cluster, rng: random.Random, patience_s: float) 
 async def test_a_gateway_that_stands_still_slows_no_other(
     cluster: Cluster, fault_scale: float
 ) -> None:
-    """Half of the streams go through a gateway that is stopped, then goes on."""
-    seconds = max(5.0, 20 * fault_scale)
-    num_tokens = round((2.2 * seconds + 4) / STEP_S)
+    """Half of the streams go through a gateway that is stopped, then goes on.
+
+    Three times, of which the middle one counts: something else may keep the machine busy once.
+    """
+    seconds = max(2.0, 20 * fault_scale)
+    ratios = [await halt(cluster, seconds) for _ in range(3)]
+    assert sorted(ratios)[1] <= 1.2
+
+
+async def halt(cluster: Cluster, seconds: float) -> float:
+    """How much longer the other gateway's p99 between pieces is, while one is stopped."""
+    num_tokens = round((2 * seconds + 2) / STEP_S)
     halted = cluster.process("gateway-0")
     async with client_of(cluster) as client:
         streams = [
@@ -217,7 +239,7 @@ async def test_a_gateway_that_stands_still_slows_no_other(
             for index in range(SLOTS // 2)
             for gateway in range(2)
         ]
-        await asyncio.sleep(2)
+        await asyncio.sleep(1)
         times = [time.monotonic()]
         await asyncio.sleep(seconds)
         try:
@@ -238,5 +260,5 @@ async def test_a_gateway_that_stands_still_slows_no_other(
     assert {stream.fate for stream in sent} == {"ok"}
     # Those of the halted gateway lost nothing by it.
     assert [stream.text for stream in sent[::2]] == [stream.text for stream in sent[1::2]]
-    assert max(gap for stream in sent[::2] for _, gap in stream.gaps_s) >= seconds
-    assert during <= 1.2 * before
+    assert max(gap for stream in sent[::2] for _, gap in stream.gaps_s) >= 0.9 * seconds
+    return during / before

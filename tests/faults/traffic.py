@@ -73,7 +73,7 @@ class Client:
         tenant: str = "",
         gateway: int | None = None,
     ) -> Sent:
-        """One greedy request of exactly so many tokens, to its end."""
+        """One seeded request of exactly so many tokens, to its end."""
         index = self._num_sent % len(self._urls) if gateway is None else gateway
         self._num_sent += 1
         sent = Sent(api, num_tokens, began_s=time.monotonic())
@@ -93,7 +93,8 @@ class Client:
             "prompt": prompt,
             "max_tokens": sent.num_tokens,
             "ignore_eos": True,
-            "temperature": 0,
+            "temperature": 1,
+            "seed": 1,
             "stream": sent.api == "stream",
         }
         headers = {"x-tenant-id": tenant} if tenant else {}
@@ -123,7 +124,7 @@ class Client:
             GenerateRequest(
                 text=prompt,
                 sampling=SamplingParams(
-                    temperature=0, max_new_tokens=sent.num_tokens, ignore_eos=True
+                    temperature=1, seed=1, max_new_tokens=sent.num_tokens, ignore_eos=True
                 ),
             ),
             metadata=(("x-tenant-id", tenant),) if tenant else (),
