@@ -71,6 +71,12 @@ class Cluster:
         (port,) = re.findall(r"event=metrics_served port=(\d+)", self.log(service))[-1:]
         return _sample(f"http://127.0.0.1:{port}/metrics", name, labels)
 
+    def steps(self, worker: int, since: float, until: float) -> list[float]:
+        """Seconds of each step that a worker with a floor made between these times."""
+        lines = (self.directory / f"worker-{worker}.steps").read_text().splitlines()
+        times = (map(float, line.split()) for line in lines)
+        return [ended - began for began, ended in times if since <= began and ended <= until]
+
     def wait_for(self, name: str, text: str, times: int = 1) -> None:
         """Until a service has logged this, so often in all."""
         deadline = time.monotonic() + _READY_S
@@ -109,14 +115,13 @@ def running_cluster(
         targets = [f"unix:{directory}/scheduler-{i}.sock" for i in range(num_schedulers)]
         schedulers = [part for target in targets for part in ("--scheduler", target)]
         index, tokenizer = f"unix:{directory}/index.sock", f"unix:{directory}/tokenizer.sock"
-        floored = ("tests.fakes.floored_worker", str(step_floor_ms))
         for number in range(num_workers):
             cluster.start(
                 f"worker-{number}",
                 *("--listen", f"unix:{directory}/worker-{number}.sock"),
                 *("--worker-id", f"w{number}", *schedulers, *flags.get("worker", ())),
                 *("--metrics-port", "0"),
-                program=() if step_floor_ms is None else floored,
+                program=() if step_floor_ms is None else _floored(cluster, number, step_floor_ms),
             )
         cluster.start("tokenizer-0", "--listen", tokenizer)
         cluster.start("cache_index-0", "--listen", index, *schedulers)
@@ -145,6 +150,11 @@ def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
     start = f"{name}{{{shown}}} " if labels else f"{name} "
     values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
     return float(values[0]) if values else 0.0
+
+
+def _floored(cluster: Cluster, number: int, floor_ms: float) -> tuple[str, ...]:
+    log = str(cluster.directory / f"worker-{number}.steps")
+    return "tests.fakes.floored_worker", str(floor_ms), log
 
 
 def _start_gateway(

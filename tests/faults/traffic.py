@@ -74,7 +74,7 @@ class Client:
         tenant: str = "",
         gateway: int | None = None,
     ) -> Sent:
-        """One seeded request of exactly so many tokens, to its end."""
+        """One greedy request of exactly so many tokens, all of them text, to its end."""
         index = self._num_sent % len(self._urls) if gateway is None else gateway
         self._num_sent += 1
         sent = Sent(api, num_tokens, began_s=time.monotonic())
@@ -83,7 +83,7 @@ class Client:
                 sent.fate = await self._ask_grpc(self._stubs[index], sent, prompt, tenant)
             else:
                 sent.fate = await self._ask_http(self._urls[index], sent, prompt, tenant)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except aiohttp.ClientError as error:
             sent.fate = f"{type(error).__name__}: {error}"
         sent.ended_s = time.monotonic()
         return sent
@@ -93,9 +93,8 @@ class Client:
             "model": "default",
             "prompt": prompt,
             "max_tokens": sent.num_tokens,
-            "ignore_eos": True,
-            "temperature": 1,
-            "seed": 1,
+            "min_tokens": sent.num_tokens,
+            "temperature": 0,
             "stream": sent.api == "stream",
         }
         headers = {"x-tenant-id": tenant} if tenant else {}
@@ -125,7 +124,7 @@ class Client:
             GenerateRequest(
                 text=prompt,
                 sampling=SamplingParams(
-                    temperature=1, seed=1, max_new_tokens=sent.num_tokens, ignore_eos=True
+                    temperature=0, max_new_tokens=sent.num_tokens, min_new_tokens=sent.num_tokens
                 ),
             ),
             metadata=(("x-tenant-id", tenant),) if tenant else (),
