@@ -25,8 +25,8 @@ def main(name: str, module: str, *arguments: str) -> None:
     runs = [_run(module, arguments) for _ in range(NUM_RUNS)]
     record = {
         "command": " ".join(["python -m", module, *arguments]),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "versions": {package: version(package) for package in PACKAGES},
         "runs": runs,
     }
@@ -47,7 +47,13 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _machine() -> str:
+def commit() -> str:
+    """The checked-out one."""
+    return _output("git", "rev-parse", "--short", "HEAD")
+
+
+def machine() -> str:
+    """Processor, memory and Python."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = cpuinfo.split("model name\t: ", 1)[-1].split("\n", 1)[0]
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30

@@ -1,4 +1,4 @@
-"""Latency against offered load, one line a policy."""
+"""Latency against offered load, one line a policy, and how far the seeds are apart."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for index, policy in enumerate(policies):
             runs = [run for run in result["runs"] if run["policy"] == policy]
+            loads = [run["load_percent"] for run in runs]
+            axes.fill_between(
+                loads,
+                [min(run["by_seed"][name]) for run in runs],
+                [max(run["by_seed"][name]) for run in runs],
+                color=f"C{index % 10}",
+                alpha=0.12,
+                linewidth=0,
+            )
             axes.plot(
-                [run["load_percent"] for run in runs],
+                loads,
                 [run[name] for run in runs],
                 color=f"C{index % 10}",
                 linestyle="--" if index >= 10 else "-",
@@ -37,6 +46,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.axes[-1].legend(fontsize=7)
     figure.suptitle(
         f"{result['workload']}: {result['num_workers']} simulated workers, "
-        f"100% = {result['round_robin_capacity']:.1f} requests/s"
+        f"100% = {result['round_robin_capacity']:.1f} requests/s, {len(result['seeds'])} seeds"
+        + ("" if result["lose_worker_at"] is None else ", one worker dies on the way")
     )
     figure.savefig(path, dpi=110)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.simulator.worker import Report
-from services.scheduler.costs import CostModel
+from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.views import Load
+from services.worker.cost_model import CostCoefficients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,16 +53,7 @@ class Served:
 def reported_load(report: Report) -> Load:
     """As `services/scheduler/wire.py` reads a report."""
     load, fitted = report.load, report.coefficients
-    costs: CostModel | None = None
-    if fitted is not None and fitted.prefill_token_ns > 0 and fitted.decode_base_ns > 0:
-        costs = CostModel(
-            prefill_base_ns=fitted.prefill_base_ns,
-            prefill_token_ns=fitted.prefill_token_ns,
-            prefill_context_ns=fitted.prefill_context_ns,
-            decode_base_ns=fitted.decode_base_ns,
-            decode_sequence_ns=fitted.decode_sequence_ns,
-            decode_context_ns=fitted.decode_context_ns,
-        )
+    costs = None if fitted is None else _cost_model(fitted)
     return Load(
         num_free_pages=load.num_free_pages,
         num_evictable_pages=load.num_evictable_pages,
@@ -71,4 +63,20 @@ def reported_load(report: Report) -> Load:
         num_running_context_tokens=load.num_running_context_tokens,
         eviction_cost_ns=tuple(report.eviction_cost_ns),
         cost_model=costs,
+    )
+
+
+def _cost_model(fitted: CostCoefficients) -> CostModel:
+    """A fit that has not seen one kind of step yet takes the defaults for it."""
+    has_prefill = fitted.prefill_base_ns + fitted.prefill_token_ns + fitted.prefill_context_ns > 0
+    has_decode = fitted.decode_base_ns + fitted.decode_sequence_ns > 0
+    prefill = fitted if has_prefill else DEFAULT_COST_MODEL
+    decode = fitted if has_decode else DEFAULT_COST_MODEL
+    return CostModel(
+        prefill_base_ns=prefill.prefill_base_ns,
+        prefill_token_ns=prefill.prefill_token_ns,
+        prefill_context_ns=prefill.prefill_context_ns,
+        decode_base_ns=decode.decode_base_ns,
+        decode_sequence_ns=decode.decode_sequence_ns,
+        decode_context_ns=decode.decode_context_ns,
     )

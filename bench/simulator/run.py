@@ -25,7 +25,6 @@ class Setting:
     seed: int = 1
     shape: WorkerShape = WorkerShape()
     delays: Delays = Delays()
-    losses: tuple[Loss, ...] = ()
     # Asked in turn, as by gateways that prefer different ones.
     num_schedulers: int = 1
 
@@ -61,6 +60,7 @@ def simulate(
     policy: PolicyName,
     rate: float,
     weights: dict[str, float] | None = None,
+    losses: tuple[Loss, ...] = (),
 ) -> Figures:
     """Open loop: `rate` requests a second arrive, whatever becomes of them."""
     workload = make_workload(setting.workload, setting.num_requests, setting.seed)
@@ -74,7 +74,7 @@ def simulate(
         num_schedulers=setting.num_schedulers,
     )
     arrivals_ns = workload.arrivals_ns(rate, setting.seed + 2)
-    served = cluster.serve(workload, arrivals_ns, setting.losses)
+    served = cluster.serve(workload, arrivals_ns, losses)
     return figures(served, setting.num_workers)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.simulator.clock import VirtualClock
-from bench.simulator.device import StepTimes
+from bench.simulator.device import PageTable, StepTimes
 from services.worker.cost_model import CostCoefficients, CostModel, eviction_cost_ns
 from services.worker.engine.batch import StepPlan, StepResult
 from services.worker.engine.batching.policy import SchedulePolicy
@@ -38,7 +38,7 @@ class WorkerShape:
     context_length: int = 131_072
     max_running_sequences: int = 256
     max_step_tokens: int = 8192
-    schedule_policy: SchedulePolicy = "fcfs"
+    schedule_policy: SchedulePolicy = "lpm"
     step_times: StepTimes = StepTimes()
 
 
@@ -90,6 +90,11 @@ class SimulatedWorker:
             policy=shape.schedule_policy,
             clock=lambda: clock.now_ns,
         )
+        self._table = PageTable(
+            shape.max_running_sequences,
+            -(-shape.context_length // shape.page_size),
+            shape.page_size,
+        )
         self._cost_model = CostModel()
         self._coefficients: CostCoefficients | None = None
         self._fit_due_ns = 0
@@ -124,7 +129,8 @@ class SimulatedWorker:
         if plan is None:
             self._send()
             return
-        self._clock.after(self._shape.step_times.of(plan), lambda: self._end_step(plan))
+        step_ns = self._shape.step_times.of(plan, self._table.shared_tokens(plan))
+        self._clock.after(step_ns, lambda: self._end_step(plan))
 
     def _end_step(self, plan: StepPlan) -> None:
         if not self.alive:

@@ -80,7 +80,7 @@ class Workload:
         return times[: len(self.conversations)]
 
 
-class _Ids:
+class Ids:
     """Hands out ids that nobody had before."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ _PREBLE = {
 
 def _preble(name: str, num_requests: int, seed: int) -> Workload:
     """Keys with log-normal numbers of requests, of which a shuffled run is taken."""
-    table, rng, ids = _PREBLE[name], random.Random(seed), _Ids()
+    table, rng, ids = _PREBLE[name], random.Random(seed), Ids()
     system = ids.take(table.system)
     turns: list[Turn] = []
     while len(turns) < num_requests:
@@ -157,7 +157,7 @@ def _bursts(num_requests: int, seed: int) -> Workload:
 
 def _random(num_requests: int, seed: int) -> Workload:
     """Nothing is shared: 512 to 4096 tokens in, 16 to 256 out."""
-    rng, ids = random.Random(seed), _Ids()
+    rng, ids = random.Random(seed), Ids()
     turns = [
         Turn((ids.take(rng.randint(512, 4096)),), rng.randint(16, 256)) for _ in range(num_requests)
     ]
@@ -166,22 +166,54 @@ def _random(num_requests: int, seed: int) -> Workload:
 
 def _multi_turn(num_requests: int, seed: int) -> Workload:
     """Users of 2 to 10 turns after a system prompt of 512; 200 to 1200 tokens in, 50 to 250 out."""
-    rng, ids = random.Random(seed), _Ids()
-    system = ids.take(512)
+    return _conversations("multi_turn", num_requests, seed, 512, (200, 1200), (50, 250), 10)
+
+
+def _conversations(
+    name: str,
+    num_requests: int,
+    seed: int,
+    system_len: int,
+    input_len: tuple[int, int],
+    output_lens: tuple[int, int],
+    most_turns: int,
+) -> Workload:
+    rng, ids = random.Random(seed), Ids()
+    system = ids.take(system_len)
     conversations: list[Conversation] = []
     num_turns = 0
     while num_turns < num_requests:
         history: tuple[Segment, ...] = (system,)
         turns: list[Turn] = []
-        for _ in range(min(rng.randint(2, 10), num_requests - num_turns)):
-            history = (*history, ids.take(rng.randint(200, 1200)))
-            output_len = rng.randint(50, 250)
+        for _ in range(min(rng.randint(2, most_turns), num_requests - num_turns)):
+            history = (*history, ids.take(rng.randint(*input_len)))
+            output_len = rng.randint(*output_lens)
             turns.append(Turn(history, output_len))
             # The last token is sampled and never computed, but a client sends it back.
             history = (*history, Segment(None, output_len))
         num_turns += len(turns)
         conversations.append(Conversation(tuple(turns), think_s=rng.expovariate(1 / 3)))
-    return Workload("multi_turn", tuple(conversations))
+    return Workload(name, tuple(conversations))
+
+
+def _small_random(num_requests: int, seed: int) -> Workload:
+    """Nothing is shared: 32 to 1024 tokens in, 4 to 32 out."""
+    rng, ids = random.Random(seed), Ids()
+    turns = [
+        Turn((ids.take(rng.randint(32, 1024)),), rng.randint(4, 32)) for _ in range(num_requests)
+    ]
+    return Workload("small_random", tuple(Conversation((turn,)) for turn in turns))
+
+
+def _small_zipf(num_requests: int, seed: int) -> Workload:
+    """48 prefixes of 768 tokens, of which the k-th is drawn with weight 1 / k."""
+    weights = [1 / rank for rank in range(1, 49)]
+    return _groups("small_zipf", num_requests, seed, 48, 768, 48, 12, weights)
+
+
+def _small_turns(num_requests: int, seed: int) -> Workload:
+    """Users of 2 to 6 turns after a system prompt of 256; 64 to 320 tokens in, 8 to 24 out."""
+    return _conversations("small_turns", num_requests, seed, 256, (64, 320), (8, 24), 6)
 
 
 WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
@@ -194,12 +226,20 @@ WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
     "random": _random,
 }
 
+# For the built-in model, whose context is 4,096 tokens (`bench/reality`).
+SMALL_WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
+    "small_random": _small_random,
+    "small_zipf": _small_zipf,
+    "small_turns": _small_turns,
+}
+
 
 def make_workload(name: str, num_requests: int, seed: int) -> Workload:
-    """The workload of that name. Raises ValueError for an unknown one."""
-    if name not in WORKLOADS:
-        raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}")
-    return WORKLOADS[name](num_requests, seed)
+    """The workload of that name, small ones included. Raises ValueError for an unknown one."""
+    known = WORKLOADS | SMALL_WORKLOADS
+    if name not in known:
+        raise ValueError(f"workload must be one of {', '.join(known)}, got {name!r}")
+    return known[name](num_requests, seed)
 
 
 def _groups(
@@ -212,7 +252,7 @@ def _groups(
     output_len: int,
     weights: list[float] | None = None,
 ) -> Workload:
-    rng, ids = random.Random(seed), _Ids()
+    rng, ids = random.Random(seed), Ids()
     prefixes = [ids.take(prefix_len) for _ in range(num_groups)]
     cumulative = list(accumulate(weights or [1.0] * num_groups))
     drawn = rng.choices(prefixes, cum_weights=cumulative, k=num_requests)

@@ -16,9 +16,9 @@ class CostModel:
     prefill_base_ns: float = 5e6
     prefill_token_ns: float = 25e3
     prefill_context_ns: float = 1.35
-    decode_base_ns: float = 7e6
-    decode_sequence_ns: float = 30e3
-    decode_context_ns: float = 40.0
+    decode_base_ns: float = 6e6
+    decode_sequence_ns: float = 14e3
+    decode_context_ns: float = 47.7
 
     def prefill_ns(self, num_uncached: int, num_context: int) -> float:
         """To compute `num_uncached` tokens, the last ones of `num_context`."""

@@ -167,8 +167,7 @@ class WorkerTable:
                 logger.info("event=worker_steps_again worker=%s", registration.worker.worker_id)
             entry.stepped_at, entry.stuck, entry.hung = now, False, False
         if load.cost_model is not None:
-            entry.cost_model = load.cost_model
-            self._pool_costs[registration.pool] = load.cost_model
+            self._take_fit(entry, load.cost_model)
         if admitted is not NO_CHARGE:
             entry.charge = entry.charge.minus(admitted)
         self._refresh(entry)
@@ -253,6 +252,18 @@ class WorkerTable:
     def _owned(self, registration: Registration) -> _Entry | None:
         entry = self._entries.get(registration.worker.worker_id)
         return entry if entry is not None and entry.registration is registration else None
+
+    def _take_fit(self, entry: _Entry, fitted: CostModel) -> None:
+        """The pool's first fit is that of all its workers, until they have their own.
+
+        Beside fitted ones, a worker with the defaults could seem faster by orders of magnitude.
+        """
+        pool = entry.registration.pool
+        if pool not in self._pool_costs:
+            for worker_id in self._views[pool]:
+                self._entries[worker_id].cost_model = fitted
+                self._refresh(self._entries[worker_id])
+        entry.cost_model = self._pool_costs[pool] = fitted
 
     def _remove(self, entry: _Entry) -> None:
         worker_id = entry.registration.worker.worker_id

@@ -16,6 +16,7 @@ from services.common.errors import (
 from services.common.tenants import TenantSet
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
+from services.scheduler.charges import charge, charge_of
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
 from services.scheduler.gauges import add_gauges
@@ -29,7 +30,7 @@ from services.scheduler.pools import Pool, PoolIdentity, PoolSet
 from services.scheduler.queue import Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
-from services.scheduler.views import Charge, Load, Worker, WorkerView
+from services.scheduler.views import Load, Worker, WorkerView
 from services.scheduler.waiting import WaitingTickets
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Placer:
         cached = min(num_pages * worker.page_size, max(0, request.num_prompt_tokens - 1))
         if view is None or cached <= reservation.predicted_cached_tokens:
             return
-        self._reservations.correct(reservation, _charge(request, view, cached), cached)
+        self._reservations.correct(reservation, charge(request, view, cached), cached)
         self._pump(ticket.pool)
 
     def leave(self, ticket: Ticket) -> None:
@@ -298,7 +299,7 @@ class Placer:
             ]
             if not candidates:
                 return _Attempt.HELD
-        cached = self._cached_tokens(ticket, workers, now)
+        cached, shared = self._cached_tokens(ticket, workers, now)
         query = Query(
             request,
             cached,
@@ -306,11 +307,11 @@ class Placer:
             self._sessions.find(request.session),
             now,
             now - ticket.opened_at,
+            shared,
         )
         chosen = self._policy.choose(query, candidates)
         if self._policy.waits and not has_room(request, chosen):
-            cached_there = cached.get(chosen.worker_id, 0)
-            hold = Hold(chosen.worker_id, _charge(request, chosen, cached_there), now)
+            hold = Hold(chosen.worker_id, charge_of(query, chosen), now)
             self._waiting.holds.set(ticket, hold)
             ahead.add(hold)
             return _Attempt.HELD
@@ -330,12 +331,13 @@ class Placer:
 
     def _cached_tokens(
         self, ticket: Ticket, workers: Sequence[WorkerView], now: float
-    ) -> dict[str, int]:
-        """The longer of what the index reported and what was placed there lately."""
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The longer of what the index reported and what was placed there lately; the latter."""
         hashes = ticket.request.prefix_hashes
         if not hashes or not workers:
-            return {}
-        pages = self._overlay.match(hashes, now)
+            return {}, {}
+        placed = self._overlay.match(hashes, now)
+        pages = dict(placed)
         for match in ticket.matches:
             view = self._table.get(match.worker_id)
             if view is not None and view.worker.epoch == match.epoch and match.num_pages:
@@ -343,7 +345,11 @@ class Placer:
         page_size = workers[0].worker.page_size
         # A match leaves at least one token to compute.
         most = max(0, ticket.request.num_prompt_tokens - 1)
-        return {worker_id: min(count * page_size, most) for worker_id, count in pages.items()}
+
+        def tokens(of: dict[str, int]) -> dict[str, int]:
+            return {worker_id: min(count * page_size, most) for worker_id, count in of.items()}
+
+        return tokens(pages), tokens(placed)
 
     def _place(self, ticket: Ticket, query: Query, chosen: WorkerView, now: float) -> None:
         request = ticket.request
@@ -354,7 +360,7 @@ class Placer:
         reservation = self._reservations.open(
             request.key,
             chosen.worker,
-            _charge(request, chosen, cached),
+            charge_of(query, chosen),
             now,
             predicted_cached_tokens=cached,
             policy=branch,
@@ -375,14 +381,3 @@ class Placer:
     def _forget(self, worker: Worker) -> None:
         self._reservations.end_all_of(worker)
         self._overlay.forget_worker(worker.worker_id)
-
-
-def _charge(request: PlacementRequest, chosen: WorkerView, cached: int) -> Charge:
-    num_tokens = request.num_prompt_tokens
-    num_uncached = num_tokens - cached
-    return Charge(
-        num_sequences=request.num_choices,
-        num_pages=-(-num_uncached // chosen.worker.page_size),
-        num_context_tokens=num_tokens * request.num_choices,
-        prefill_ns=int(chosen.cost_model.prefill_work_ns(num_uncached, num_tokens)),
-    )

@@ -7,7 +7,7 @@ weighed in one unit, whatever the prompt's length.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.scheduler.views import WorkerView
@@ -62,6 +62,13 @@ class Query:
     # The scheduler's time, and how long the request has waited in its queue.
     now_s: float = 0.0
     waited_s: float = 0.0
+    # Of the cached tokens, those that requests placed there lately share: rows that decode
+    # together read a common prefix about once (bench/results/shared_prefix_gpu.md).
+    shared_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def num_read_tokens(self, worker_id: str) -> int:
+        """Context that a choice's decode steps read there beside what others read."""
+        return self.request.num_prompt_tokens - self.shared_tokens.get(worker_id, 0)
 
 
 class Filter(Protocol):

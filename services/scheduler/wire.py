@@ -259,7 +259,9 @@ def _pool(identity: PoolIdentity, limits: PoolLimits, views: Sequence[WorkerView
 
 def _cost_model(message: pb.CostModel) -> CostModel:
     """A fit that has not seen one kind of step yet takes the defaults for it."""
-    has_prefill = message.prefill_token_ns > 0
+    has_prefill = (
+        message.prefill_base_ns + message.prefill_token_ns + message.prefill_context_ns > 0
+    )
     has_decode = message.decode_base_ns + message.decode_sequence_ns > 0
     prefill = message if has_prefill else DEFAULT_COST_MODEL
     decode = message if has_decode else DEFAULT_COST_MODEL

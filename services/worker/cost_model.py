@@ -4,6 +4,11 @@ Weighted least squares with exponential forgetting (S. Haykin, Adaptive Filter T
 "The Method of Least Squares") in the form of decayed normal equations: an observation costs a
 few dozen multiplications; the equations are solved only when somebody asks. Observations are
 weighted by 1 / time^2, so that relative errors count alike in short and long steps.
+
+A few steps do not tell what depends on what: two prompts' times can be explained without any cost a
+token. So the solution is drawn to the simplest model that explains them, a time a prefilled token
+and a time a decode step, with the weight of a quarter of an observation (ridge regression towards a
+prior mean).
 """
 
 from __future__ import annotations
@@ -15,10 +20,13 @@ import numpy.typing as npt
 
 from services.worker.engine.messages import EvictionWork, StepWork
 
+_Floats = npt.NDArray[np.float64]
+
 _NUM_FEATURES = 6
 _MIN_OBSERVATIONS = 16
-# Relative to each feature's own weight; keeps features that never varied from taking part.
-_RIDGE = 1e-6
+# What the simplest model consists of: a time a prefilled token, and a time a decode step.
+_ANCHORS = (1, 3)
+_PRIOR_OBSERVATIONS = 0.25
 _MAX_GAIN = 1e50
 _FIT_INTERVAL_S = 1.0
 
@@ -56,6 +64,8 @@ class CostModel:
         self._forgetting = forgetting
         self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
         self._targets = [0.0] * _NUM_FEATURES
+        # Observations that each feature was in, decayed alike.
+        self._counts = [0.0] * _NUM_FEATURES
         self._gain = 1.0
         self._num_observations = 0
         self._recent: CostCoefficients | None = None
@@ -77,6 +87,7 @@ class CostModel:
             for j in present:
                 row[j] += gained * scaled[j]
             self._targets[i] += gained
+            self._counts[i] += self._gain
         self._num_observations += 1
         if self._gain > _MAX_GAIN:
             self._rescale()
@@ -85,7 +96,11 @@ class CostModel:
         """The fit; None until enough steps were seen."""
         if self._num_observations < _MIN_OBSERVATIONS:
             return None
-        solved = _solve_nonnegative(np.array(self._products), np.array(self._targets))
+        solved = _solve_nonnegative(
+            np.array(self._products),
+            np.array(self._targets),
+            _PRIOR_OBSERVATIONS * self._gain / np.maximum(self._counts, self._gain),
+        )
         return CostCoefficients(
             prefill_base_ns=solved[0],
             prefill_token_ns=solved[1],
@@ -105,6 +120,7 @@ class CostModel:
     def _rescale(self) -> None:
         self._products = [[value / self._gain for value in row] for row in self._products]
         self._targets = [value / self._gain for value in self._targets]
+        self._counts = [value / self._gain for value in self._counts]
         self._gain = 1.0
 
 
@@ -119,18 +135,26 @@ def _features(work: StepWork) -> tuple[float, ...]:
     )
 
 
-def _solve_nonnegative(
-    products: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
-) -> list[float]:
-    """Least squares over the features seen; those that come out negative are left out."""
+def _solve_nonnegative(products: _Floats, targets: _Floats, prior_weights: _Floats) -> list[float]:
+    """Least squares over the features seen, drawn to the solution of the anchors alone.
+
+    `prior_weights` are relative to each feature's own weight. Those that come out negative are left
+    out.
+    """
     scale = np.sqrt(np.diag(products))
-    active = [index for index in range(len(scale)) if scale[index] > 0]
+    seen = scale > 0
+    anchors = [index for index in _ANCHORS if seen[index]]
+    prior = np.zeros(len(scale))
+    prior[anchors] = np.maximum(
+        0.0, np.linalg.lstsq(products[np.ix_(anchors, anchors)], targets[anchors])[0]
+    )
     solution = np.zeros(len(scale))
+    active = [index for index in range(len(scale)) if seen[index]]
     while active:
-        norm = scale[active]
-        matrix = products[np.ix_(active, active)] / np.outer(norm, norm)
-        matrix += _RIDGE * np.eye(len(active))
-        values = np.linalg.solve(matrix, targets[active] / norm) / norm
+        norm, weights = scale[active], prior_weights[active]
+        matrix = products[np.ix_(active, active)] / np.outer(norm, norm) + np.diag(weights)
+        wanted = targets[active] / norm + weights * prior[active] * norm
+        values = np.linalg.solve(matrix, wanted) / norm
         if values.min() >= 0:
             solution[active] = values
             break

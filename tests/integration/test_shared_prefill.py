@@ -29,7 +29,7 @@ OWN_TOKENS = 8
 PAGE_SIZE = 16
 
 
-async def _one(schedulers: Any, channels: dict[str, Any], index: int) -> str:
+async def _one(schedulers: Any, channels: dict[str, Any], index: int, output_len: int) -> str:
     """Schedule one request and run it where it was placed."""
     token_ids = [*PREFIX, *range(10_000 + index * 20, 10_000 + index * 20 + OWN_TOKENS)]
     request = pb.ScheduleRequest(
@@ -37,7 +37,7 @@ async def _one(schedulers: Any, channels: dict[str, Any], index: int) -> str:
         model="mock",
         prefix_hashes=prefix_hashes(token_ids, PAGE_SIZE, ""),
         num_prompt_tokens=len(token_ids),
-        max_new_tokens=16,
+        max_new_tokens=output_len,
         num_choices=1,
         remaining=Duration(seconds=60),
     )
@@ -49,7 +49,7 @@ async def _one(schedulers: Any, channels: dict[str, Any], index: int) -> str:
         prompt_len=len(token_ids),
         num_token_ids=len(token_ids),
         token_ids=token_ids,
-        sampling=SamplingParams(max_new_tokens=16),
+        sampling=SamplingParams(max_new_tokens=output_len),
         reservation_id=placed.reservation_id,
     )
     stub: Any = WorkerServiceStub(channels[placed.address])
@@ -60,7 +60,7 @@ async def _one(schedulers: Any, channels: dict[str, Any], index: int) -> str:
         reservation_id=placed.reservation_id,
         worker_id=placed.worker_id,
         num_prompt_tokens=len(token_ids),
-        output_tokens=16,
+        output_tokens=output_len,
     )
     await schedulers.ReportRequests(pb.ReportRequestsRequest(outcomes=[outcome]))
     return str(placed.worker_id)
@@ -75,10 +75,12 @@ def _computed(workers: list[MockWorker]) -> int:
 
 @pytest.mark.parametrize("with_index", [True, False], ids=["index", "no index"])
 @pytest.mark.parametrize(
-    "prefill_tokens_per_s", [40_000.0, 4_000.0], ids=["prefill of 0.1 s", "prefill of 1 s"]
+    ("prefill_tokens_per_s", "output_len"),
+    [(40_000.0, 16), (4_000.0, 16), (40_000.0, 128)],
+    ids=["prefill of 0.1 s", "prefill of 1 s", "prefill of 0.1 s, long answers"],
 )
 async def test_64_requests_with_one_new_prefix_cost_at_most_2_prefills_of_it(
-    prefill_tokens_per_s: float, with_index: bool
+    prefill_tokens_per_s: float, output_len: int, with_index: bool
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -113,7 +115,9 @@ async def test_64_requests_with_one_new_prefix_cost_at_most_2_prefills_of_it(
         async for table in schedulers.WatchWorkers(pb.WatchWorkersRequest()):
             if sum(len(pool.workers) for pool in table.pools) == NUM_WORKERS:
                 break
-        chosen = await asyncio.gather(*(_one(schedulers, channels, i) for i in range(64)))
+        chosen = await asyncio.gather(
+            *(_one(schedulers, channels, i, output_len) for i in range(64))
+        )
         assert len(chosen) == 64
         # Beside the prefix, each computes its own tokens and what a match leaves at its end.
         assert _computed(workers) <= 2 * len(PREFIX) + 64 * (OWN_TOKENS + PAGE_SIZE)

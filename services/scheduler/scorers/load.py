@@ -12,14 +12,13 @@ def load_time(query: Query, workers: Sequence[WorkerView]) -> list[float]:
     """Predicted wait for the prefills ahead, and decoding in a batch with what runs there."""
     request = query.request
     num_new, num_output = request.num_choices, query.num_output_tokens
-    num_context = request.num_prompt_tokens
     return [
         view.queued_prefill_ns
         + num_output
         * (
             view.decode_step_ns
             + view.cost_model.decode_sequence_ns * num_new
-            + view.cost_model.decode_context_ns * num_context
+            + view.cost_model.decode_context_ns * query.num_read_tokens(view.worker_id)
         )
         for view in workers
     ]

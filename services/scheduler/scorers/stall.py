@@ -21,7 +21,10 @@ def stall_time(query: Query, workers: Sequence[WorkerView]) -> list[float]:
         * (
             view.cost_model.prefill_work_ns(num_tokens - cached.get(view.worker_id, 0), num_tokens)
             + num_rows
-            * (view.cost_model.decode_sequence_ns + view.cost_model.decode_context_ns * num_tokens)
+            * (
+                view.cost_model.decode_sequence_ns
+                + view.cost_model.decode_context_ns * query.num_read_tokens(view.worker_id)
+            )
         )
         for view in workers
     ]

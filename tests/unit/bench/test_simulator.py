@@ -9,7 +9,15 @@ from bench.simulator.cluster import Cluster
 from bench.simulator.records import Delays, Loss
 from bench.simulator.run import Setting, capacity, figures, simulate
 from bench.simulator.worker import WorkerShape
-from bench.simulator.workloads import WORKLOADS, make_workload
+from bench.simulator.workloads import (
+    SMALL_WORKLOADS,
+    WORKLOADS,
+    Conversation,
+    Segment,
+    Turn,
+    Workload,
+    make_workload,
+)
 from services.common.policies import PolicyName
 
 SMALL = Setting(workload="zipf", num_workers=3, num_requests=60)
@@ -36,7 +44,7 @@ def test_every_request_ends_under_every_policy(policy: PolicyName) -> None:
     assert result.mean_first_token_s <= result.mean_s <= result.p99_s * SMALL.num_requests
 
 
-@pytest.mark.parametrize("workload", list(WORKLOADS))
+@pytest.mark.parametrize("workload", [*WORKLOADS, *SMALL_WORKLOADS])
 def test_every_workload_is_served_whole(workload: str) -> None:
     setting = Setting(workload=workload, num_workers=2, num_requests=16)
     assert simulate(setting, "prefix_load", rate=5.0).num_served == 16
@@ -70,6 +78,17 @@ def test_several_schedulers_serve_everything_and_charge_nothing_in_the_end() -> 
         metrics.value("queue_seconds_count", priority="normal") for metrics in cluster.metrics
     ]
     assert placed == [30, 30]
+
+
+@pytest.mark.parametrize("output_len", [1, 16, 64, 128, 512])
+def test_64_requests_with_one_new_prefix_cost_at_most_2_prefills_of_it(output_len: int) -> None:
+    prefix, own_len = Segment(1000, 4096), 8
+    turns = [Turn((prefix, Segment(10_000 + 8 * i, own_len)), output_len) for i in range(64)]
+    burst = Workload("burst", tuple(Conversation((turn,)) for turn in turns), burst=64)
+    cluster = Cluster(4, "prefix_load", shape=WorkerShape(), delays=Delays(), seed=1)
+    served = cluster.serve(burst, burst.arrivals_ns(1.0, seed=1))
+    computed = sum(request.prompt_tokens - request.cached_tokens for request in served)
+    assert computed <= 2 * prefix.length + 64 * (own_len + WorkerShape().page_size)
 
 
 def test_a_shared_prefix_is_found_and_an_unshared_one_is_not() -> None:

@@ -95,8 +95,15 @@ def make_query(
     cached_tokens: Mapping[str, int] | None = None,
     num_output_tokens: int = 100,
     home_worker_id: str | None = None,
+    shared_tokens: Mapping[str, int] | None = None,
 ) -> Query:
-    return Query(request or make_request(), cached_tokens or {}, num_output_tokens, home_worker_id)
+    return Query(
+        request or make_request(),
+        cached_tokens or {},
+        num_output_tokens,
+        home_worker_id,
+        shared_tokens=shared_tokens or {},
+    )
 
 
 def make_registration(

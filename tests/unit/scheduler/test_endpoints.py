@@ -136,6 +136,19 @@ def test_a_worker_without_a_fit_borrows_its_pools(table: WorkerTable, pool: Pool
     assert [view.cost_model for view in table.snapshot(pool)] == [fitted, fitted]
 
 
+def test_a_pools_first_fit_is_that_of_workers_without_their_own(
+    table: WorkerTable, pool: Pool
+) -> None:
+    first, second = (make_registration(make_worker(name), pool) for name in "ab")
+    table.register(first, 0.0)
+    table.register(second, 0.0)
+    slow, slower = CostModel(prefill_token_ns=2e6), CostModel(prefill_token_ns=3e6)
+    table.report(first, Load(num_free_pages=1, cost_model=slow), 0.0)
+    assert [view.cost_model for view in table.snapshot(pool)] == [slow, slow]
+    table.report(second, Load(num_free_pages=1, cost_model=slower), 0.0)
+    assert [view.cost_model for view in table.snapshot(pool)] == [slow, slower]
+
+
 def test_the_version_grows_only_with_what_others_can_see(table: WorkerTable, pool: Pool) -> None:
     changes: list[bool] = []
     table.on_change = changes.append

@@ -96,6 +96,16 @@ def test_a_burst_with_one_new_prefix_stays_together(scheduler: Scheduler) -> Non
     assert tickets[3].reservation.policy == "prefix_load/affinity"
 
 
+def test_a_prefix_placed_lately_counts_as_context_once(scheduler: Scheduler) -> None:
+    scheduler.register("a")
+    for i in range(3):
+        scheduler.schedule(
+            f"r{i}", prefix_hashes=chain(1, 64), num_prompt_tokens=64 * PAGE_SIZE + 5
+        )
+    view = scheduler.table.snapshot(scheduler.pool)[0]
+    assert view.charge.num_context_tokens == 64 * PAGE_SIZE + 3 * 5
+
+
 def test_bursts_with_different_prefixes_spread(scheduler: Scheduler) -> None:
     for name in "abcd":
         scheduler.register(name)

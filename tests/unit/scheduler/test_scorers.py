@@ -46,6 +46,16 @@ def test_load_time_is_the_queue_and_decoding_beside_others() -> None:
     assert load_time(query, [worker]) == [queued + 5 * step]
 
 
+def test_a_prefix_that_others_read_there_is_not_read_again() -> None:
+    worker = make_view("a", cost_model=COSTS, num_running=2)
+    request = make_request(num_prompt_tokens=100)
+    alone = make_query(request, {"a": 80}, num_output_tokens=5)
+    shared = make_query(request, {"a": 80}, num_output_tokens=5, shared_tokens={"a": 80})
+    saved = 5 * 80 * 3.0
+    assert load_time(alone, [worker])[0] - load_time(shared, [worker])[0] == saved
+    assert stall_time(alone, [worker])[0] - stall_time(shared, [worker])[0] == 2 * saved
+
+
 def test_leaving_a_sessions_worker_costs_a_prefill() -> None:
     workers = [make_view("a", cost_model=COSTS), make_view("b", cost_model=COSTS)]
     request = make_request(num_prompt_tokens=100)

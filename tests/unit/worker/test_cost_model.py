@@ -39,6 +39,21 @@ def test_the_fit_finds_the_coefficients() -> None:
     assert fitted.prefill_context_ns == pytest.approx(2, rel=0.02)
 
 
+def test_two_prompts_and_some_decoding_are_no_reason_to_think_that_prompts_are_free() -> None:
+    # Measured on a CPU: the second prompt was a little slower a token than the first.
+    model = CostModel()
+    model.observe(StepWork(step_ns=750_000_000, prefill_tokens=512))
+    for position in range(15):
+        model.observe(decode_step(1, 512 + position))
+    model.observe(
+        StepWork(step_ns=431_000_000, prefill_tokens=400, prefill_context_products=80_000)
+    )
+    fitted = model.coefficients()
+    assert fitted is not None
+    assert fitted.prefill_token_ns == pytest.approx(1_200_000, rel=0.3)
+    assert fitted.prefill_ns(400, 200) == pytest.approx(431_000_000, rel=0.3)
+
+
 def test_the_fit_follows_a_change() -> None:
     model, draw = CostModel(forgetting=0.99), random.Random(2)
     for scale in (1.0, 3.0):

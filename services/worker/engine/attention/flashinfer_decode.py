@@ -13,12 +13,14 @@ from typing import Any
 
 import flashinfer
 import numpy as np
+import numpy.typing as npt
 import torch
 from flashinfer.decode import fast_decode_plan
 
 from services.worker.engine.attention.backend import AttentionInputs
 from services.worker.engine.attention.page_lists import PageLists, indptr_of, page_lists
 from services.worker.engine.attention.sharing import PrefixGroups
+from services.worker.engine.batch import Int32Array
 from services.worker.engine.kernels.merge import merge_attention
 
 _STEPS_IN_FLIGHT = 2
@@ -130,9 +132,6 @@ class CascadeCalls:
         self._shape = shape
         self._page_size = shape["page_size"]
         self._scratch = _Scratch.of(1, shape, self._device)
-        # Compiles the merge now rather than in a step that somebody waits for.
-        lse, shared_lse = self._scratch.lse.zero_(), self._scratch.shared_lse.zero_()
-        merge_attention(self._scratch.out.zero_(), lse, self._scratch.out, shared_lse)
         # FA2 packs the query heads of a key/value head into one tile and splits long prefixes;
         # FA3 as FlashInfer has it does neither, and a group has few rows.
         self._wrappers = [
@@ -142,6 +141,7 @@ class CascadeCalls:
         self._turn = 0
         self._planned_groups: PrefixGroups | None = None
         self._rows = slice(0)
+        self._load_kernels()
 
     def plan(self, inputs: AttentionInputs, num_rows: int, groups: PrefixGroups) -> PlannedCascade:
         """The step's first `num_rows` rows, one token each, of which `groups` share prefixes."""
@@ -176,6 +176,16 @@ class CascadeCalls:
                 for slot, count in zip(slots.tolist(), groups.num_pages.tolist(), strict=True)
             ]
         )
+        self._plan_groups(bounds, num_pages, indices, int(groups.num_rows.max()))
+
+    def _plan_groups(
+        self,
+        bounds: npt.NDArray[np.integer],
+        num_pages: npt.NDArray[np.intp],
+        indices: Int32Array,
+        most_rows: int,
+    ) -> None:
+        """G groups: rows bounds[g] to bounds[g + 1] - 1 share num_pages[g] of the `indices`."""
         shape = dict(self._shape)
         shape["head_dim_qk"] = shape.pop("head_dim")
         self._wrappers[self._turn].plan(
@@ -184,7 +194,17 @@ class CascadeCalls:
             torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True),
             # Only full pages are shared.
             torch.from_numpy(np.where(num_pages > 0, self._page_size, 0).astype(np.int32)),
-            max_token_per_sequence=int(groups.num_rows.max()),
+            max_token_per_sequence=most_rows,
             causal=False,
             **shape,
         )
+
+    def _load_kernels(self) -> None:
+        """Compiles what is compiled at first use, not in a step that somebody waits for."""
+        scratch = self._scratch
+        lse, shared_lse = scratch.lse.zero_(), scratch.shared_lse.zero_()
+        merge_attention(scratch.out.zero_(), lse, scratch.out, shared_lse)
+        one, page = np.ones(1, np.intp), np.zeros(1, np.int32)
+        last_page_len = torch.ones(1, dtype=torch.int32)
+        self._decode.plan(PageLists(indptr_of(one), page, last_page_len))
+        self._plan_groups(np.arange(2), one, page, most_rows=1)

@@ -295,7 +295,7 @@ class PagedDecode:
         variant = (
             *(tiles, has_cap, window % 16 == 0, window == 1, strides[1] == 1),
             *(stride % 16 == 0 for stride in strides),
-            *(tensor.data_ptr() % 16 == 0 for tensor in (q, out, parts)),
+            *(tensor.data_ptr() % 16 == 0 for tensor in (q, keys, values, out, parts)),
         )
         launcher = self._launchers.get(tiles)
         if launcher is None:
