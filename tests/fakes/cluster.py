@@ -72,10 +72,17 @@ class Cluster:
         return _sample(f"http://127.0.0.1:{port}/metrics", name, labels)
 
     def steps(self, worker: int, since: float, until: float) -> list[float]:
-        """Seconds of each step that a worker with a floor made between these times."""
-        lines = (self.directory / f"worker-{worker}.steps").read_text().splitlines()
-        times = (map(float, line.split()) for line in lines)
+        """Seconds of each step that a worker with a floor made between these monotonic times."""
+        logs = self._step_logs(worker).glob("steps-*.txt")
+        lines = (line.split() for log in logs for line in log.read_text().splitlines())
+        times = [(int(began) / 1e9, int(ended) / 1e9) for began, _, ended, *_ in lines]
         return [ended - began for began, ended in times if since <= began and ended <= until]
+
+    def slowed_worker(self, worker: int, floor_ms: float) -> tuple[str, ...]:
+        """The program of a worker whose steps take at least so long, and are logged."""
+        logs = self._step_logs(worker)
+        logs.mkdir()
+        return "bench.reality.worker", str(floor_ms), "0", str(logs)
 
     def wait_for(self, name: str, text: str, times: int = 1) -> None:
         """Until a service has logged this, so often in all."""
@@ -83,6 +90,9 @@ class Cluster:
         while self.log(name).count(text) < times:
             assert time.monotonic() < deadline, f"{name} never said {text!r}:\n{self.log(name)}"
             time.sleep(0.02)
+
+    def _step_logs(self, worker: int) -> Path:
+        return self.directory / f"steps-{worker}"
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -121,7 +131,9 @@ def running_cluster(
                 *("--listen", f"unix:{directory}/worker-{number}.sock"),
                 *("--worker-id", f"w{number}", *schedulers, *flags.get("worker", ())),
                 *("--metrics-port", "0"),
-                program=() if step_floor_ms is None else _floored(cluster, number, step_floor_ms),
+                program=()
+                if step_floor_ms is None
+                else cluster.slowed_worker(number, step_floor_ms),
             )
         cluster.start("tokenizer-0", "--listen", tokenizer)
         cluster.start("cache_index-0", "--listen", index, *schedulers)
@@ -150,11 +162,6 @@ def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
     start = f"{name}{{{shown}}} " if labels else f"{name} "
     values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
     return float(values[0]) if values else 0.0
-
-
-def _floored(cluster: Cluster, number: int, floor_ms: float) -> tuple[str, ...]:
-    log = str(cluster.directory / f"worker-{number}.steps")
-    return "tests.fakes.floored_worker", str(floor_ms), log
 
 
 def _start_gateway(
