@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import grpc
 import httpx
@@ -111,11 +110,12 @@ def running_cluster(
     redis_url: str | None = None,
     tenants: object = None,
     step_floor_ms: float | None = None,
-    flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    worker_arguments: Sequence[str] = (),
+    scheduler_arguments: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """All ready: every scheduler knows all workers, every gateway can serve.
 
-    `flags` are further ones by module; with `step_floor_ms` no engine's step is shorter.
+    With `step_floor_ms` no engine's step is shorter.
     """
     with tempfile.TemporaryDirectory(prefix="rz-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
@@ -129,7 +129,7 @@ def running_cluster(
             cluster.start(
                 f"worker-{number}",
                 *("--listen", f"unix:{directory}/worker-{number}.sock"),
-                *("--worker-id", f"w{number}", *schedulers, *flags.get("worker", ())),
+                *("--worker-id", f"w{number}", *schedulers, *worker_arguments),
                 *("--metrics-port", "0"),
                 program=()
                 if step_floor_ms is None
@@ -141,12 +141,11 @@ def running_cluster(
             cluster.start(
                 f"scheduler-{number}",
                 *("--listen", target, "--cache-index", index, *store),
-                *("--metrics-port", "0", *flags.get("scheduler", ())),
+                *("--metrics-port", "0", *scheduler_arguments),
             )
         if tenants is not None:
             (directory / "tenants.json").write_text(json.dumps(tenants))
             store += ("--tenants", str(directory / "tenants.json"))
-        store += tuple(flags.get("gateway", ()))
         for number in range(num_gateways):
             _start_gateway(cluster, number, targets, tokenizer, store, stack)
         for number in range(num_schedulers):

@@ -50,15 +50,11 @@ def cluster() -> Iterator[Cluster]:
         num_gateways=2,
         num_workers=1,
         step_floor_ms=STEP_S * 1000,
-        flags={
-            "worker": (
-                "--max-running-requests",
-                str(SLOTS),
-                "--max-total-tokens",
-                str(POOL_TOKENS),
-            ),
-            "scheduler": ("--max-queue-wait-s", str(MAX_WAIT_S)),
-        },
+        worker_arguments=(
+            *("--max-running-requests", str(SLOTS)),
+            *("--max-total-tokens", str(POOL_TOKENS)),
+        ),
+        scheduler_arguments=("--max-queue-wait-s", str(MAX_WAIT_S)),
     ) as running:
         yield running
 
