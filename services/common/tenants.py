@@ -10,19 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.errors import InvalidRequestError
+
 # The entry of all tenants that have none of their own.
 OTHERS = "*"
 # Who names no tenant is this one.
 NOBODY = ""
 _MAX_TENANTS = 1000
-_WHOLE_NUMBERS = ("max_queued", "requests_per_minute", "tokens_per_minute")
+_COUNTS = ("max_queued", "requests_per_minute", "tokens_per_minute")
+_WHOLE_NUMBERS = (*_COUNTS, "max_priority")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantPolicy:
     """One tenant's share of the service, relative to others', and its bounds.
 
-    The scheduler keeps the first two, gateways the rates.
+    The scheduler keeps the first two, gateways the rest.
     """
 
     weight: float = 1.0
@@ -31,14 +34,19 @@ class TenantPolicy:
     # Over all gateways that share a store; None is no limit.
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    # Highest that its requests may ask for; None is any.
+    max_priority: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight must be in [0.001, 1000], got {self.weight}")
-        for name in _WHOLE_NUMBERS:
+        for name in _COUNTS:
             bound = getattr(self, name)
             if bound is not None and bound < 1:
                 raise ValueError(f"{name} must be >= 1, got {bound}")
+        if self.max_priority is not None and not 0 <= self.max_priority < 2**31:
+            # Below 0 whoever names no priority could not be served.
+            raise ValueError(f"max_priority must be in [0, 2**31), got {self.max_priority}")
 
 
 class TenantSet:
@@ -53,6 +61,14 @@ class TenantSet:
 
     def weight(self, tenant: str) -> float:
         return self.of(tenant).weight
+
+    def check_priority(self, tenant: str, priority: int) -> None:
+        """Raise InvalidRequestError for a higher one than the tenant may ask for."""
+        most = self.of(tenant).max_priority
+        if most is not None and priority > most:
+            raise InvalidRequestError(
+                f"priority is {priority}, this tenant may ask for {most} at most", "priority"
+            )
 
     def label(self, tenant: str) -> str:
         """Its name in metrics: there are no more of them than the operator listed, and two."""

@@ -21,7 +21,6 @@ from services.gateway.http_server import running_http_server
 from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
-from services.gateway.rate_limits import RateLimits
 from services.gateway.serving import Limits, Serving
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
@@ -50,8 +49,9 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity)
     workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside)
     tenants = TenantSet() if config.tenants is None else read_tenants(config.tenants)
-    rates = RateLimits(tenants, metrics)
-    pipeline = Pipeline(control, tokenizers, workers, metrics, config.max_inflight_requests, rates)
+    pipeline = Pipeline(
+        control, tokenizers, workers, metrics, config.max_inflight_requests, tenants
+    )
     serving = Serving(
         pipeline,
         KeepAlive(config.keepalive_s),
@@ -63,7 +63,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
         if config.redis_url is not None:
             store = SharedStore(config.redis_url, metrics.registry, "rhizome_gateway")
             stack.push_async_callback(store.aclose)
-            await stack.enter_async_context(_background(rates.share(store)))
+            await stack.enter_async_context(_background(pipeline.rates.share(store)))
         stack.push_async_callback(workers.aclose)
         await stack.enter_async_context(_background(workers.watch(), serving.keep_alive.run()))
         server = await stack.enter_async_context(

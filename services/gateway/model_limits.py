@@ -14,7 +14,13 @@ _MAX_NAMESPACE_CHARS = 512
 _MAX_SESSION_ID_CHARS = 256
 
 
-def check_vocabulary(spec: GenerationSpec, model: ServedModel) -> None:
+def check_parameters(spec: GenerationSpec, model: ServedModel, namespace: str) -> None:
+    """What can be said before the prompt is tokenized; `namespace` is that of its cached pages."""
+    _check_vocabulary(spec, model)
+    _check_names(spec, namespace)
+
+
+def _check_vocabulary(spec: GenerationSpec, model: ServedModel) -> None:
     """Ids in parameters must name tokens."""
     limit = model.vocab_size
     if not limit:
@@ -31,7 +37,7 @@ def check_vocabulary(spec: GenerationSpec, model: ServedModel) -> None:
             )
 
 
-def check_names(spec: GenerationSpec, namespace: str) -> None:
+def _check_names(spec: GenerationSpec, namespace: str) -> None:
     """Names that others keep have a limit; the client's part of the namespace is its salt."""
     if len(spec.session_id) > _MAX_SESSION_ID_CHARS:
         raise InvalidRequestError(

@@ -26,6 +26,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.common.prefix_hash import cache_namespace, prefix_hashes
+from services.common.tenants import TenantSet
 from services.gateway.attempts import Attempts
 from services.gateway.control_plane import ControlPlane, ServedModel, duration
 from services.gateway.generation import (
@@ -37,12 +38,7 @@ from services.gateway.generation import (
 )
 from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.model_limits import (
-    check_names,
-    check_token_ids,
-    check_vocabulary,
-    fit_context,
-)
+from services.gateway.model_limits import check_parameters, check_token_ids, fit_context
 from services.gateway.rate_limits import RateLimits
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
@@ -76,14 +72,15 @@ class Pipeline:
         workers: WorkerSessions,
         metrics: GatewayMetrics,
         max_inflight_requests: int,
-        rates: RateLimits,
+        tenants: TenantSet,
     ) -> None:
         self.control = control
         self.tokenizers = tokenizers
         self.workers = workers
         self.metrics = metrics
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
-        self.rates = rates
+        self.rates = RateLimits(tenants, metrics)
+        self._tenants = tenants
 
     @property
     def ready(self) -> bool:
@@ -103,14 +100,14 @@ class Pipeline:
             self.inflight.leave(len(prompts), tenant)
 
     async def prepare(self, model: ServedModel, specs: Sequence[GenerationSpec]) -> list[Prompt]:
-        """Tokenize and hash prompts and hold them against the model's limits."""
+        """Tokenize and hash prompts and hold them against the tenant's and the model's limits."""
         prompts: list[Prompt | None] = [None] * len(specs)
         page_size = model.identity.page_size
         by_namespace: dict[str, list[int]] = {}
         for index, spec in enumerate(specs):
-            check_vocabulary(spec, model)
+            self._tenants.check_priority(spec.tenant, spec.priority)
             namespace = cache_namespace(model.identity.model_revision, salt=spec.cache_salt)
-            check_names(spec, namespace)
+            check_parameters(spec, model, namespace)
             if spec.input is None:
                 check_token_ids(spec.token_ids, model, spec.input_param)
                 hashes = prefix_hashes(spec.token_ids, page_size, namespace)

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+# How long a prompt waits when no replica can be reached: one may be starting again, or too busy to
+# say in time that it is there.
+_WAIT_S = 5.0
 _CHECK_INTERVAL_S = 5.0
 _UNREACHED_INTERVAL_S = 0.25
 _INFO_TIMEOUT_S = 2.0
@@ -50,8 +53,10 @@ _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 class TokenizerReplica:
     """One tokenizer: its channel and what it said about itself, None while unreachable."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, answered: asyncio.Event) -> None:
+        """`answered` is set whenever it can be used again."""
         self.address = address
+        self._answered = answered
         self.channel = open_channel(address)
         self.stub = TokenizerServiceStub(self.channel)
         self.info: GetTokenizerInfoResponse | None = None
@@ -83,6 +88,7 @@ class TokenizerReplica:
                 self.info = await self.stub.GetTokenizerInfo(
                     GetTokenizerInfoRequest(), timeout=_INFO_TIMEOUT_S
                 )
+                self._answered.set()
             except aio.AioRpcError as error:
                 if self.info is not None:
                     logger.warning(
@@ -105,10 +111,15 @@ class TokenizerPool:
     """
 
     def __init__(
-        self, addresses: Iterable[str], identity: Callable[[], PoolIdentity | None]
+        self,
+        addresses: Iterable[str],
+        identity: Callable[[], PoolIdentity | None],
+        wait_s: float = _WAIT_S,
     ) -> None:
-        self._replicas = [TokenizerReplica(address) for address in addresses]
+        self._answered = asyncio.Event()
+        self._replicas = [TokenizerReplica(address, self._answered) for address in addresses]
         self._identity = identity
+        self._wait_s = wait_s
         self._turn = itertools.count()
         self._pieces: dict[int, bytes] = {}
         self._reported: set[tuple[str, str]] = set()
@@ -192,11 +203,23 @@ class TokenizerPool:
             self._pieces.update(zip(missing, response.results[0].pieces, strict=True))
         return self._pieces
 
+    async def _await_usable(self) -> TokenizerReplica | None:
+        """The next usable replica; waits while one that is needed may come back."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                while (replica := self.pick()) is None and any(
+                    lost.info is None for lost in self._replicas
+                ):
+                    self._answered.clear()
+                    await self._answered.wait()
+                return replica
+        return None
+
     async def _on_any(self, call: Callable[[TokenizerReplica], Awaitable[_T]]) -> _T:
-        """Answer from the first replica that can be reached."""
+        """Answer from the first replica that can be reached, or comes back soon."""
         last: aio.AioRpcError | None = None
         for _ in range(len(self._replicas) + 1):
-            replica = self.pick()
+            replica = await self._await_usable()
             if replica is None:
                 break
             try:

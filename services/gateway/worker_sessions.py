@@ -63,6 +63,10 @@ _OPEN_S = 2.0
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
 
 
+class _ForgottenError(PreconditionError):
+    """The worker lives, and gave the session up: nothing that it ran can have killed it."""
+
+
 class WorkerSession:
     """One gateway's standing with one epoch of one worker.
 
@@ -204,7 +208,9 @@ class WorkerSession:
             if isinstance(error, PreconditionError):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
-        if resume_until is not None and not self._draining:
+        if isinstance(error, _ForgottenError):
+            error = UnavailableError(error.message)
+        elif resume_until is not None and not self._draining:
             error = SessionBrokenError(error.message)
         self._lose_all(error)
 
@@ -260,7 +266,7 @@ class WorkerSession:
 
     def _resumed(self, resumed: bool, lost_handles: Sequence[int]) -> None:
         if not resumed:
-            raise PreconditionError("the worker no longer has the session")
+            raise _ForgottenError("the worker no longer has the session")
         for handle in lost_handles:
             self._lose(handle, UnavailableError("the worker lost the sequence"))
 

@@ -38,8 +38,8 @@ class ServeConfig(EngineFlags):
     """JSON file of tenants' weights, bounds and limits per minute. Default: all are alike."""
 
     max_queue_wait_s: float | None = None
-    """Refuse requests at once that would probably wait for longer. Default: requests' own
-    deadlines only.
+    """Refuse requests at once that would probably wait for longer; `inf` for offline batches.
+    Default: the scheduler's, 60.
     """
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -23,8 +23,8 @@ class QueueBounds:
     """What the operator allows to wait in one pool."""
 
     max_queued: int
-    # Longest predicted wait; None leaves only the requests' own deadlines.
-    max_wait_s: float | None = None
+    # Longest predicted wait; infinity leaves only the requests' own deadlines.
+    max_wait_s: float = math.inf
 
 
 class Backlog:
@@ -63,7 +63,7 @@ class Backlog:
             message = f"its turn is predicted in {wait_s:.1f} s, its time is over in {left_s:.1f} s"
             self._refuse(ticket, "deadline", message, wait_s - left_s)
         most_s = self._bounds.max_wait_s
-        if most_s is not None and wait_s > most_s:
+        if wait_s > most_s:
             message = f"its turn is predicted in {wait_s:.1f} s, more than {most_s:g} s"
             self._refuse(ticket, "wait", message, wait_s - most_s)
 

@@ -44,9 +44,9 @@ class SchedulerConfig:
     """Most requests that wait for room in one pool. When there are more, those that hold most of
     the queue give way, with a retry hint."""
 
-    max_queue_wait_s: float | None = None
-    """Refuse at once, with a retry hint, what would probably wait for longer. Default: requests'
-    own deadlines only."""
+    max_queue_wait_s: float = 60.0
+    """Refuse at once, with a retry hint, what would probably wait for longer; `inf` leaves
+    requests' own deadlines only."""
 
     tenants: Path | None = None
     """JSON file of tenants' weights and bounds. Default: all are alike."""
@@ -88,7 +88,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.max_queued_requests < 1:
             raise ValueError(f"max_queued_requests must be >= 1, got {self.max_queued_requests}")
-        if self.max_queue_wait_s is not None and self.max_queue_wait_s <= 0:
+        if not self.max_queue_wait_s > 0:
             raise ValueError(f"max_queue_wait_s must be > 0, got {self.max_queue_wait_s}")
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from services.common.errors import (
@@ -65,7 +66,7 @@ class Placer:
         *,
         max_queued: int,
         worker_wait_s: float,
-        max_wait_s: float | None = None,
+        max_wait_s: float = math.inf,
         tenants: TenantSet | None = None,
     ) -> None:
         self._table = table

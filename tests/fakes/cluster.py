@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Cluster:
     # One a gateway.
     clients: list[OpenAI] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
-    _arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def process(self, name: str) -> psutil.Process:
         return psutil.Process(self.processes[name].pid)
@@ -43,14 +44,16 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text()
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Start a service; without arguments, again as it was. `name` is its module and number."""
-        arguments = self._arguments.setdefault(name, arguments)
+    def start(self, name: str, *arguments: str, program: Sequence[str] = ()) -> None:
+        """Start a service; without arguments, again as it was. `name` is its module and number,
+        unless `program` is the module to run, with its first arguments."""
+        program = program or (f"services.{name.rpartition('-')[0]}",)
+        command = self._commands.setdefault(name, (*program, *arguments))
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"services.{name.rpartition('-')[0]}"),
-                    *("--parent-pid", str(os.getpid()), *arguments),
+                    *(sys.executable, "-m", *command),
+                    *("--parent-pid", str(os.getpid())),
                 ],
                 cwd=ROOT,
                 env=child_environment({"OMP_NUM_THREADS": "1"}),
@@ -60,11 +63,25 @@ class Cluster:
 
     def metric(self, gateway: int, name: str, **labels: str) -> float:
         """A sample of a gateway's; 0 where there is none."""
-        text = httpx.get(f"{self.urls[gateway]}/metrics").text
-        shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-        start = f"{name}{{{shown}}} " if labels else f"{name} "
-        values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
-        return float(values[0]) if values else 0.0
+        return _sample(f"{self.urls[gateway]}/metrics", name, labels)
+
+    def service_metric(self, service: str, name: str, **labels: str) -> float:
+        """The same of a scheduler or worker."""
+        (port,) = re.findall(r"event=metrics_served port=(\d+)", self.log(service))[-1:]
+        return _sample(f"http://127.0.0.1:{port}/metrics", name, labels)
+
+    def steps(self, worker: int, since: float, until: float) -> list[float]:
+        """Seconds of each step that a worker with a floor made between these monotonic times."""
+        logs = self._step_logs(worker).glob("steps-*.txt")
+        lines = (line.split() for log in logs for line in log.read_text().splitlines())
+        times = [(int(began) / 1e9, int(ended) / 1e9) for began, _, ended, *_ in lines]
+        return [ended - began for began, ended in times if since <= began and ended <= until]
+
+    def slowed_worker(self, worker: int, floor_ms: float) -> tuple[str, ...]:
+        """The program of a worker whose steps take at least so long, and are logged."""
+        logs = self._step_logs(worker)
+        logs.mkdir()
+        return "bench.reality.worker", str(floor_ms), "0", str(logs)
 
     def wait_for(self, name: str, text: str, times: int = 1) -> None:
         """Until a service has logged this, so often in all."""
@@ -72,6 +89,9 @@ class Cluster:
         while self.log(name).count(text) < times:
             assert time.monotonic() < deadline, f"{name} never said {text!r}:\n{self.log(name)}"
             time.sleep(0.02)
+
+    def _step_logs(self, worker: int) -> Path:
+        return self.directory / f"steps-{worker}"
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -95,12 +115,15 @@ def running_cluster(
     num_tokenizers: int = 1,
     redis_url: str | None = None,
     tenants: object = None,
+    step_floor_ms: float | None = None,
     model_arguments: Sequence[str] = (),
     worker_arguments: Sequence[str] = (),
+    scheduler_arguments: Sequence[str] = (),
     route: Callable[[str, str], str] = direct,
 ) -> Iterator[Cluster]:
     """All ready: every scheduler knows all workers, every gateway can serve.
 
+    With `step_floor_ms` no engine's step is shorter.
     `route` turns a service's address into the one that a client (`gateway-0`; `*` for whoever asks
     a scheduler where a worker is) reaches it by.
     """
@@ -122,6 +145,10 @@ def running_cluster(
                 *("--listen", listen, "--advertise-address", route("*", listen)),
                 *("--worker-id", f"w{number}", *model_arguments, *worker_arguments),
                 *flags("--scheduler", f"worker-{number}", targets),
+                *("--metrics-port", "0"),
+                program=()
+                if step_floor_ms is None
+                else cluster.slowed_worker(number, step_floor_ms),
             )
         for number, listen in enumerate(tokenizers):
             cluster.start(f"tokenizer-{number}", "--listen", listen, *model_arguments)
@@ -130,7 +157,11 @@ def running_cluster(
         )
         for number, target in enumerate(targets):
             name = f"scheduler-{number}"
-            cluster.start(name, "--listen", target, *flags("--cache-index", name, [index]), *store)
+            cluster.start(
+                name,
+                *("--listen", target, *flags("--cache-index", name, [index]), *store),
+                *("--metrics-port", "0", *scheduler_arguments),
+            )
         if tenants is not None:
             (directory / "tenants.json").write_text(json.dumps(tenants))
             store += ("--tenants", str(directory / "tenants.json"))
@@ -147,6 +178,14 @@ def running_cluster(
 
 def _addresses(directory: Path, module: str, number: int) -> list[str]:
     return [f"unix:{directory}/{module}-{i}.sock" for i in range(number)]
+
+
+def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
+    text = httpx.get(url).text
+    shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    start = f"{name}{{{shown}}} " if labels else f"{name} "
+    values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
+    return float(values[0]) if values else 0.0
 
 
 def _start_gateway(

@@ -73,7 +73,10 @@ class GatewayStack:
 
 
 @contextlib.asynccontextmanager
-async def running_tokenizer(parts: TokenizerParts | None = None) -> AsyncIterator[str]:
+async def running_tokenizer(
+    parts: TokenizerParts | None = None, listen: str = "localhost:0"
+) -> AsyncIterator[str]:
+    """Gives its address, which is `listen` for a Unix socket."""
     with ThreadPoolExecutor(2) as pool:
         servicer = TokenizerServicer(parts or tokenizer_parts(), pool)
 
@@ -83,10 +86,10 @@ async def running_tokenizer(parts: TokenizerParts | None = None) -> AsyncIterato
         async with running_server(
             add,
             [tokenizer_service_pb2.DESCRIPTOR.services_by_name["TokenizerService"]],
-            "localhost:0",
+            listen,
             grace_s=0.1,
         ) as server:
-            yield f"localhost:{server.port}"
+            yield listen if listen.startswith("unix:") else f"localhost:{server.port}"
 
 
 def scripted_worker(

@@ -62,6 +62,18 @@ async def test_a_broken_stream_is_resumed_without_a_second_submit() -> None:
         assert len(worker.submits) == 1
 
 
+async def test_sessions_that_a_live_worker_gave_up_are_no_deaths_of_it() -> None:
+    async with gateway_stack(step_s=0.02) as stack:
+        (worker,) = stack.workers
+        worker.forget_on_break = True
+        answer = asyncio.create_task(chat(stack))
+        for position in (2, 3, 4):
+            worker.break_at = position
+            await until(lambda: worker.break_at is None)
+        assert text_of((await answer).text) == ANSWER
+        assert len(worker.submits) == 4
+
+
 async def test_a_request_that_comes_while_a_stream_is_broken_is_submitted_once() -> None:
     async with gateway_stack() as stack:
         worker = stack.workers[0]

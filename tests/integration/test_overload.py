@@ -28,9 +28,10 @@ BODY = {"model": "default", "prompt": "What is the capital of France?", "max_tok
 @pytest.fixture
 async def stack(tmp_path: Path) -> AsyncIterator[GatewayStack]:
     tenants = tmp_path / "tenants.json"
-    tenants.write_text(json.dumps({"listed": {"max_queued": 1}}))
+    policies = {"listed": {"max_queued": 1}, "modest": {"max_priority": 3}}
+    tenants.write_text(json.dumps(policies))
     scheduling = {"max_queued_requests": 2, "tenants": tenants}
-    async with gateway_stack(scheduling=scheduling) as running:
+    async with gateway_stack(scheduling=scheduling, tenants=tenants) as running:
         yield running
 
 
@@ -93,6 +94,25 @@ async def test_a_tenant_that_cannot_be_named_is_refused(stack: GatewayStack) -> 
     async with open_channel(stack.grpc_address) as channel:
         call = InferenceServiceStub(channel).Generate(
             pb.GenerateRequest(text="Hello"), metadata=(("x-tenant-id", "x" * 129),)
+        )
+        with pytest.raises(aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_priority_above_the_tenants_is_refused_by_name(stack: GatewayStack) -> None:
+    async with _client(stack) as http:
+        assert (await _post(http, "modest", priority=3)).status_code == 200
+        assert (await _post(http, "another", priority=4)).status_code == 200
+        refused = await _post(http, "modest", priority=4)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "priority"
+        native = {"text": "Hello", "priority": 4, "stream": True}
+        reply = await http.post("/generate", json=native, headers={"x-tenant-id": "modest"})
+        assert reply.status_code == 400
+    async with open_channel(stack.grpc_address) as channel:
+        call = InferenceServiceStub(channel).Generate(
+            pb.GenerateRequest(text="Hello", priority=4), metadata=(("x-tenant-id", "modest"),)
         )
         with pytest.raises(aio.AioRpcError) as caught:
             await call.read()

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from services.common.errors import InvalidRequestError
 from services.common.tenants import TenantSet, read_tenants
 
 
@@ -25,6 +26,16 @@ def test_metrics_tell_only_listed_tenants_apart(tmp_path: Path) -> None:
     assert TenantSet().label("a") == "other"
 
 
+def test_a_tenant_may_not_ask_for_a_higher_priority_than_its_own(tmp_path: Path) -> None:
+    tenants = read_tenants(_write(tmp_path, '{"a": {"max_priority": 5}, "*": {"max_priority": 0}}'))
+    for tenant, priority in (("a", 5), ("a", -7), ("b", 0), ("", -1)):
+        tenants.check_priority(tenant, priority)
+    for tenant, priority in (("a", 6), ("b", 1), ("", 1)):
+        with pytest.raises(InvalidRequestError, match=f"priority is {priority}"):
+            tenants.check_priority(tenant, priority)
+    TenantSet().check_priority("a", 2**31 - 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +50,9 @@ def test_metrics_tell_only_listed_tenants_apart(tmp_path: Path) -> None:
         ('{"a": {"max_queued": 0}}', "tenant 'a': max_queued must be >= 1"),
         ('{"a": {"requests_per_minute": "9"}}', "requests_per_minute must be a whole number"),
         ('{"a": {"tokens_per_minute": 0}}', "tokens_per_minute must be >= 1"),
+        ('{"a": {"max_priority": -1}}', "tenant 'a': max_priority must be in"),
+        ('{"a": {"max_priority": 2147483648}}', "max_priority must be in"),
+        ('{"a": {"max_priority": true}}', "max_priority must be a whole number"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

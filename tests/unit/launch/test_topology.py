@@ -1,5 +1,6 @@
 """What the launcher passes on is what each service understands."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def test_what_the_operator_asks_reaches_the_scheduler() -> None:
     assert (scheduler.policy, scheduler.tenants) == ("round_robin", Path("/tenants.json"))
     assert scheduler.max_queue_wait_s == 9.5
     assert parsed(ServeConfig())["scheduler"].tenants is None
+    assert parsed(ServeConfig())["scheduler"].max_queue_wait_s == 60.0
+    endless = parsed(ServeConfig(max_queue_wait_s=math.inf))["scheduler"]
+    assert endless.max_queue_wait_s == math.inf
 
 
 def test_the_file_of_tenants_reaches_the_gateway_too() -> None:

@@ -1,5 +1,6 @@
 """The scheduler without its service, for tests of placement."""
 
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ class Scheduler:
 
 def make_scheduler(
     max_queued: int = 4,
-    max_wait_s: float | None = None,
+    max_wait_s: float = math.inf,
     tenants: TenantSet | None = None,
     policy: Policy | None = None,
 ) -> Scheduler:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def test_every_flag_is_read() -> None:
     [
         ({"max_queued_requests": 0}, "max_queued_requests"),
         ({"max_queue_wait_s": 0.0}, "max_queue_wait_s"),
+        ({"max_queue_wait_s": math.nan}, "max_queue_wait_s"),
         ({"lease_s": 1.0}, "lease_s"),
         ({"worker_wait_s": -1.0}, "worker_wait_s"),
         ({"load_weight": -0.1}, "load_weight"),
@@ -27,6 +29,12 @@ def test_every_flag_is_read() -> None:
 def test_values_that_cannot_work_are_refused_by_name(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         SchedulerConfig(**changes)
+
+
+def test_waits_are_bounded_unless_the_operator_wants_none() -> None:
+    assert SchedulerConfig().max_queue_wait_s == 60.0
+    config = parse_config(SchedulerConfig, "scheduler", ["--max-queue-wait-s", "inf"])
+    assert config.max_queue_wait_s == math.inf
 
 
 def test_an_unknown_policy_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Who is refused, and when: bounds of the queue, predicted waits, retry hints."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ ROOM_FOR_ONE = Load(num_free_pages=10_000, num_running=63)
 
 
 def _busy_scheduler(
-    max_queued: int = 100, max_wait_s: float | None = None, tenants: TenantSet | None = None
+    max_queued: int = 100, max_wait_s: float = math.inf, tenants: TenantSet | None = None
 ) -> Scheduler:
     """One full worker, whose queue was seen to drain one request (1,200 of service) a second."""
     scheduler = make_scheduler(max_queued, max_wait_s, tenants)
