@@ -29,6 +29,7 @@ from services.common.errors import (
 )
 from services.common.outbox import Outbox
 from services.gateway.generation import Choice
+from services.gateway.silence import Silence
 from services.gateway.tokenizers import TokenizerPool, TokenizerReplica
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 _NUM_CONTEXT_IDS = 8
 # Choices fail when no tokenizer was found for this long.
 _PATIENCE_S = 10.0
-# A replica that answers nothing for this long while ids wait is given up.
-_SILENCE_S = 5.0
+# A replica that answers nothing for this long while ids wait is given up; later where it is the
+# only one, since replaying all ids makes a slow one slower.
+_SILENCE_S = 1.0
+_ALONE_SILENCE_S = 5.0
 _RETRY_S = 0.1
 
 
@@ -54,8 +57,11 @@ class TextSession:
         self._choices: dict[int, Choice] = {}
         self._outbox: Outbox[StreamTextRequest] = Outbox(StreamTextRequest)
         self._call: aio.StreamStreamCall[StreamTextRequest, StreamTextResponse] | None = None
-        # When the oldest unanswered ids were sent, or None.
-        self._unanswered_since: float | None = None
+        # Whether ids were sent and nothing came since.
+        self._unanswered = False
+        self._silence = Silence()
+        # Who answers the call.
+        self._replica: TokenizerReplica | None = None
         self._opened = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
@@ -91,21 +97,21 @@ class TextSession:
                 finishes=finishes,
             )
         )
-        if self._unanswered_since is None:
-            self._unanswered_since = time.monotonic()
+        self._unanswered = True
 
     def close(self, handle: int) -> None:
         """Nobody wants this handle's text any more. Idempotent."""
         if self._choices.pop(handle, None) is not None and self._call is not None:
             self._outbox.tail().closes.append(handle)
 
-    def check(self, now: float) -> None:
-        """Give up a replica that has gone silent."""
-        if (
-            self._call is not None
-            and self._unanswered_since is not None
-            and now - self._unanswered_since > _SILENCE_S
-        ):
+    def check(self) -> None:
+        """Give up a replica that has gone silent; called every CHECK_INTERVAL_S."""
+        replica = self._replica
+        if self._call is None or replica is None or not self._unanswered:
+            self._silence.end()
+            return
+        patience_s = _SILENCE_S if self._tokenizers.has_others(replica) else _ALONE_SILENCE_S
+        if self._silence.check() > patience_s:
             logger.warning("event=text_session_silent handles=%d", len(self._choices))
             self._call.cancel()
 
@@ -154,14 +160,14 @@ class TextSession:
     async def _serve(self, replica: TokenizerReplica) -> None:
         call = replica.stub.StreamText()
         self._outbox.clear()
-        self._unanswered_since = None
-        self._call = call
+        self._heard()
+        self._call, self._replica = call, replica
         for handle, choice in sorted(self._choices.items()):
             self._send_open(handle, choice)
         writer = asyncio.create_task(self._outbox.drain(call))
         try:
             while isinstance(response := await call.read(), StreamTextResponse):
-                self._unanswered_since = None
+                self._heard()
                 self._on_response(response)
             raise aio.AioRpcError(
                 grpc.StatusCode.UNAVAILABLE,
@@ -174,6 +180,10 @@ class TextSession:
             writer.cancel()
             call.cancel()
             await asyncio.gather(writer, return_exceptions=True)
+
+    def _heard(self) -> None:
+        self._unanswered = False
+        self._silence.end()
 
     def _send_open(self, handle: int, choice: Choice) -> None:
         spec = choice.prompt.spec

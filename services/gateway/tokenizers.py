@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -42,6 +43,10 @@ _CHECK_INTERVAL_S = 5.0
 _UNREACHED_INTERVAL_S = 0.25
 _INFO_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 60.0
+# Long prompts take long to encode, a stopped replica for ever: after so long it is asked whether it
+# is still there, which it answers at once. Only who has another one leaves it then.
+_DOUBT_S = 0.5
+_PROBE_TIMEOUT_S = 1.0
 _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 
 
@@ -61,6 +66,19 @@ class TokenizerReplica:
         """Use others until this one has answered again."""
         self.info = None
         self._check_now.set()
+
+    async def answer(self, call: Awaitable[_T], has_others: Callable[[], bool]) -> _T:
+        """What it answers, however long that takes while it is there. Raises AioRpcError."""
+        answer = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait((answer,), timeout=_DOUBT_S))[0]:
+                if has_others():
+                    await self.stub.GetTokenizerInfo(
+                        GetTokenizerInfoRequest(), timeout=_PROBE_TIMEOUT_S
+                    )
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def follow(self) -> None:
         """Keep `info` current, for ever."""
@@ -124,13 +142,17 @@ class TokenizerPool:
         first = next(self._turn)
         for step in range(len(self._replicas)):
             replica = self._replicas[(first + step) % len(self._replicas)]
-            if replica.info is not None and not self._mismatch(replica):
+            if self._is_usable(replica):
                 return replica
         return None
 
     @property
     def usable(self) -> bool:
-        return any(r.info is not None and not self._mismatch(r) for r in self._replicas)
+        return any(self._is_usable(replica) for replica in self._replicas)
+
+    def has_others(self, replica: TokenizerReplica) -> bool:
+        """Whether a replica other than this one could go on."""
+        return any(other is not replica and self._is_usable(other) for other in self._replicas)
 
     @property
     def info(self) -> GetTokenizerInfoResponse | None:
@@ -201,7 +223,7 @@ class TokenizerPool:
             if replica is None:
                 break
             try:
-                return await call(replica)
+                return await replica.answer(call(replica), partial(self.has_others, replica))
             except aio.AioRpcError as error:
                 if error.code() not in (
                     grpc.StatusCode.UNAVAILABLE,
@@ -211,6 +233,9 @@ class TokenizerPool:
                 replica.suspect()
                 last = error
         raise UnavailableError(self.why_unusable()) from last
+
+    def _is_usable(self, replica: TokenizerReplica) -> bool:
+        return replica.info is not None and not self._mismatch(replica)
 
     def _mismatch(self, replica: TokenizerReplica) -> str:
         """How the replica differs from the pool; empty when it does not."""

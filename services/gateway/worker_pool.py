@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable
 
+from services.gateway.silence import CHECK_INTERVAL_S
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_sessions import WorkerSession
-
-_CHECK_INTERVAL_S = 0.5
 
 
 class WorkerSessions:
@@ -54,12 +52,11 @@ class WorkerSessions:
         return sum(s.num_choices for s in self._sessions.values() if s.worker_id == worker_id)
 
     async def watch(self) -> None:
-        """Check every session now and then and drop the dead ones, for ever."""
+        """Check every session, and drop the dead ones, for ever."""
         while True:
-            await asyncio.sleep(_CHECK_INTERVAL_S)
-            now = time.monotonic()
+            await asyncio.sleep(CHECK_INTERVAL_S)
             for session in [*self._sessions.values(), *self._replaced]:
-                session.check(now)
+                session.check()
                 if session.dead and not session.num_open_texts:
                     self._forget(session)
                     await session.aclose()

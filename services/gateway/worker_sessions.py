@@ -32,6 +32,7 @@ from rhizome.worker.v1.worker_service_pb2 import (
 )
 from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from services.common.errors import (
+    NotFoundError,
     OverloadedError,
     PreconditionError,
     RhizomeError,
@@ -43,6 +44,7 @@ from services.common.errors import (
 from services.common.outbox import MAX_MESSAGE_IDS, Outbox
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
 from services.gateway.generation import Choice, ChoiceFinish
+from services.gateway.silence import Silence
 from services.gateway.step_watch import StepWatch
 from services.gateway.text_sessions import TextSession
 from services.gateway.tokenizers import TokenizerPool
@@ -52,14 +54,15 @@ logger = logging.getLogger(__name__)
 # How long a worker keeps the sequences of a broken stream, and how often we try meanwhile.
 _RESUME_WINDOW_S = 2.0
 _RESUME_RETRY_S = 0.05
-# Heartbeats come every 100 ms; silence for this long means a dead connection.
-_SILENCE_S = 2.0
+# Heartbeats come every 100 ms; silence for this long, which counts as part of the window, means a
+# dead connection or a stopped worker. Where no other worker could go on there is no hurry.
+_SILENCE_S = 1.0
+_ALONE_SILENCE_S = 3.0
+# Longest time in which a worker answers the first opening of a session.
+_OPEN_S = 2.0
 
+_UNRESUMABLE = (PreconditionError, NotFoundError)
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
-
-
-class _ForgottenError(PreconditionError):
-    """The worker lives, and gave the session up: nothing that it ran can have killed it."""
 
 
 class WorkerSession:
@@ -96,7 +99,7 @@ class WorkerSession:
         self._stub = WorkerServiceStub(self._channel)
         self._call: aio.StreamStreamCall[ConnectRequest, ConnectResponse] | None = None
         self._was_open = False
-        self._last_heard = 0.0
+        self._silence = Silence()
         self._step_watch = StepWatch()
         self._text = TextSession(tokenizers, self._cancel_handle)
         self._task = asyncio.create_task(self._run())
@@ -147,12 +150,13 @@ class WorkerSession:
         self._text.close(choice.handle)
         self._cancel_handle(choice.handle)
 
-    def check(self, now: float) -> None:
-        """Break a stream that has gone silent or whose engine hangs; called now and then."""
-        self._text.check(now)
-        if self._call is None:
+    def check(self) -> None:
+        """Break a stream that has gone silent; called every CHECK_INTERVAL_S."""
+        self._text.check()
+        if self._call is None or not self._was_open:
             return
-        if now - self._last_heard > _SILENCE_S:
+        patience_s = _SILENCE_S if self._has_others(self.worker_id) else _ALONE_SILENCE_S
+        if self._silence.check() > patience_s:
             logger.warning("event=worker_silent worker=%s", self.worker_id)
             self._call.cancel()
 
@@ -168,10 +172,11 @@ class WorkerSession:
 
     async def _run(self) -> None:
         """Keep the stream, resuming it when it breaks, until it cannot be resumed."""
-        broken_at: float | None = None
+        resume_until: float | None = None
         while True:
+            window_s = _RESUME_WINDOW_S
             try:
-                await self._serve(resume=broken_at is not None)
+                await self._serve(resume_until)
             except aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error)
             except RhizomeError as own_error:
@@ -180,6 +185,7 @@ class WorkerSession:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
                 error = UnavailableError("the worker went silent")
+                window_s -= _SILENCE_S
             except Exception:
                 # Nobody else would notice: its sequences go on elsewhere instead of never.
                 logger.exception("event=worker_session_failed worker=%s", self.worker_id)
@@ -188,47 +194,46 @@ class WorkerSession:
             now = time.monotonic()
             if self._was_open:
                 self._was_open = False
-                broken_at = now
+                resume_until = now + window_s
                 logger.warning(
                     "event=worker_session_broken worker=%s choices=%d error=%s",
                     self.worker_id,
                     len(self._choices),
                     error.message,
                 )
-            if broken_at is None or now - broken_at > _RESUME_WINDOW_S:
-                break
-            if isinstance(error, PreconditionError):
+            if resume_until is None or now > resume_until or isinstance(error, _UNRESUMABLE):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
-        if isinstance(error, _ForgottenError):
+        if isinstance(error, NotFoundError):
+            # The worker lives: nothing that it ran can have killed it.
             error = UnavailableError(error.message)
-        elif broken_at is not None and not self._draining:
+        elif resume_until is not None and not self._draining:
             error = SessionBrokenError(error.message)
         self._lose_all(error)
 
-    async def _serve(self, resume: bool) -> None:
-        """One call, from opening to its break, which raises."""
+    async def _serve(self, resume_until: float | None) -> None:
+        """One call, from opening to its break, which raises; None opens the session anew."""
+        resume = resume_until is not None
         call = self._stub.Connect()
         self._call = call
-        self._last_heard = time.monotonic()
         writer: asyncio.Task[None] | None = None
         try:
-            await call.write(ConnectRequest(open=self._open_message(resume)))
-            async with asyncio.timeout(_SILENCE_S):
+            opening_s = _OPEN_S if resume_until is None else resume_until - time.monotonic()
+            async with asyncio.timeout(opening_s):
+                await call.write(ConnectRequest(open=self._open_message(resume)))
                 first = await call.read()
             if not isinstance(first, ConnectResponse) or first.WhichOneof("message") != "opened":
                 raise SessionBrokenError("the worker ended the session before it opened")
-            self._last_heard = time.monotonic()
+            self._silence.end()
             self._was_open = True
             if resume:
                 self._resumed(first.opened.resumed, first.opened.lost_handles)
             writer = asyncio.create_task(self._outbox.drain(call))
             while isinstance(response := await call.read(), ConnectResponse):
-                self._last_heard = time.monotonic()
-                kind = response.WhichOneof("message")
-                if kind == "frame":
+                self._silence.end()
+                if response.HasField("frame"):
                     self._on_frame(response.frame)
-                elif kind == "heartbeat":
+                elif response.HasField("heartbeat"):
                     self._on_heartbeat(response.heartbeat)
             await _raise_status(call)
         except TimeoutError as error:
@@ -258,14 +263,14 @@ class WorkerSession:
 
     def _resumed(self, resumed: bool, lost_handles: Sequence[int]) -> None:
         if not resumed:
-            raise _ForgottenError("the worker no longer has the session")
+            raise NotFoundError("the worker no longer has the session")
         for handle in lost_handles:
             self._lose(handle, UnavailableError("the worker lost the sequence"))
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        now = self._last_heard
         self._draining = heartbeat.draining
-        if self._step_watch.is_hung(heartbeat, now, self._has_others(self.worker_id)):
+        has_others = self._has_others(self.worker_id)
+        if self._step_watch.is_hung(heartbeat, time.monotonic(), has_others):
             raise PreconditionError("the worker's engine hangs")
 
     def _on_frame(self, frame: StepFrame) -> None:

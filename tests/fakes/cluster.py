@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _READY_S = 90.0
 
 @dataclass(slots=True)
 class Cluster:
-    """Workers with the built-in model, a tokenizer, an index, schedulers and gateways."""
+    """Workers with one model, tokenizers, an index, schedulers and gateways."""
 
     directory: Path
     # By name, such as `scheduler-0`.
@@ -101,20 +101,30 @@ class Cluster:
             process.wait()
 
 
+def direct(client: str, address: str) -> str:
+    """Nothing between a client and the service at an address."""
+    return address
+
+
 @contextlib.contextmanager
 def running_cluster(
     *,
     num_schedulers: int,
     num_gateways: int,
     num_workers: int = 2,
+    num_tokenizers: int = 1,
     redis_url: str | None = None,
     tenants: object = None,
-    step_floor_ms: float | None = None,
+    model_arguments: Sequence[str] = (),
     worker_arguments: Sequence[str] = (),
     scheduler_arguments: Sequence[str] = (),
+    step_floor_ms: float | None = None,
+    route: Callable[[str, str], str] = direct,
 ) -> Iterator[Cluster]:
     """All ready: every scheduler knows all workers, every gateway can serve.
 
+    `route` turns a service's address into the one that a client (`gateway-0`; `*` for whoever asks
+    a scheduler where a worker is) reaches it by.
     With `step_floor_ms` no engine's step is shorter.
     """
     with tempfile.TemporaryDirectory(prefix="rz-") as name, contextlib.ExitStack() as stack:
@@ -122,32 +132,43 @@ def running_cluster(
         cluster = Cluster(directory)
         stack.callback(cluster.stop)
         store = () if redis_url is None else ("--redis-url", redis_url)
-        targets = [f"unix:{directory}/scheduler-{i}.sock" for i in range(num_schedulers)]
-        schedulers = [part for target in targets for part in ("--scheduler", target)]
-        index, tokenizer = f"unix:{directory}/index.sock", f"unix:{directory}/tokenizer.sock"
-        for number in range(num_workers):
+        targets = _addresses(directory, "scheduler", num_schedulers)
+        tokenizers = _addresses(directory, "tokenizer", num_tokenizers)
+        index = f"unix:{directory}/cache_index-0.sock"
+
+        def flags(flag: str, client: str, addresses: Sequence[str]) -> list[str]:
+            return [part for address in addresses for part in (flag, route(client, address))]
+
+        for number, listen in enumerate(_addresses(directory, "worker", num_workers)):
             cluster.start(
                 f"worker-{number}",
-                *("--listen", f"unix:{directory}/worker-{number}.sock"),
-                *("--worker-id", f"w{number}", *schedulers, *worker_arguments),
+                *("--listen", listen, "--advertise-address", route("*", listen)),
+                *("--worker-id", f"w{number}", *model_arguments, *worker_arguments),
+                *flags("--scheduler", f"worker-{number}", targets),
                 *("--metrics-port", "0"),
                 program=()
                 if step_floor_ms is None
                 else cluster.slowed_worker(number, step_floor_ms),
             )
-        cluster.start("tokenizer-0", "--listen", tokenizer)
-        cluster.start("cache_index-0", "--listen", index, *schedulers)
+        for number, listen in enumerate(tokenizers):
+            cluster.start(f"tokenizer-{number}", "--listen", listen, *model_arguments)
+        cluster.start(
+            "cache_index-0", "--listen", index, *flags("--scheduler", "cache_index-0", targets)
+        )
         for number, target in enumerate(targets):
+            name = f"scheduler-{number}"
             cluster.start(
-                f"scheduler-{number}",
-                *("--listen", target, "--cache-index", index, *store),
+                name,
+                *("--listen", target, *flags("--cache-index", name, [index]), *store),
                 *("--metrics-port", "0", *scheduler_arguments),
             )
         if tenants is not None:
             (directory / "tenants.json").write_text(json.dumps(tenants))
             store += ("--tenants", str(directory / "tenants.json"))
         for number in range(num_gateways):
-            _start_gateway(cluster, number, targets, tokenizer, store, stack)
+            name = f"gateway-{number}"
+            peers = flags("--tokenizers", name, tokenizers) + flags("--schedulers", name, targets)
+            _start_gateway(cluster, number, (*peers, *store), stack)
         for number in range(num_schedulers):
             cluster.wait_for(f"scheduler-{number}", "event=worker_registered", times=num_workers)
         for number in range(num_gateways):
@@ -163,20 +184,18 @@ def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
     return float(values[0]) if values else 0.0
 
 
+def _addresses(directory: Path, module: str, number: int) -> list[str]:
+    return [f"unix:{directory}/{module}-{i}.sock" for i in range(number)]
+
+
 def _start_gateway(
-    cluster: Cluster,
-    number: int,
-    schedulers: list[str],
-    tokenizer: str,
-    extra: tuple[str, ...],
-    stack: contextlib.ExitStack,
+    cluster: Cluster, number: int, arguments: Sequence[str], stack: contextlib.ExitStack
 ) -> None:
     port = free_port()
     cluster.start(
         f"gateway-{number}",
-        *("--port", str(port), "--tokenizers", tokenizer, *extra),
+        *("--port", str(port), *arguments),
         *("--grpc-listen", f"unix:{cluster.directory}/gateway-{number}.sock"),
-        *(part for target in schedulers for part in ("--schedulers", target)),
     )
     url = f"http://127.0.0.1:{port}"
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)

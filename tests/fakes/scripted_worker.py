@@ -100,6 +100,10 @@ class ScriptedWorker(WorkerServiceServicer):
         self.num_crashes = 0
         # Make no steps, behind a live front.
         self.hangs = False
+        # Say nothing more on a stream once any sequence has this many output ids.
+        self.mute_at: int | None = None
+        # Say nothing on any stream, not even on new ones.
+        self.stands_still = False
         self.forget_on_break = False
         self.paused = False
         self._broken = asyncio.Event()
@@ -123,6 +127,8 @@ class ScriptedWorker(WorkerServiceServicer):
         self._broken = asyncio.Event()
 
     async def Connect(self, request_iterator: Any, context: aio.ServicerContext[Any, Any]) -> None:
+        while self.stands_still:
+            await asyncio.sleep(self.step_s)
         first = await context.read()
         opened = first.open
         if opened.epoch not in (0, self.epoch):
@@ -206,6 +212,8 @@ class ScriptedWorker(WorkerServiceServicer):
         step = 0
         while True:
             await asyncio.sleep(self.step_s)
+            if self.stands_still:
+                continue
             step += not self.hangs
             if not self.paused and not self.hangs:
                 frame = self._step(session, step)
@@ -218,6 +226,9 @@ class ScriptedWorker(WorkerServiceServicer):
                 if self._is_poisoned(session):
                     self.crash()
                     return
+                if self.mute_at is not None and longest >= self.mute_at:
+                    self.mute_at = None
+                    await asyncio.Event().wait()
                 if self.break_at is not None and longest >= self.break_at:
                     self.break_at = None
                     self.break_streams()

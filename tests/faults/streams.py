@@ -12,6 +12,8 @@ import pytest
 from openai import OpenAI
 
 NUM_TOKENS = 200
+# Longest time that losing any process may cost a stream.
+MAX_PAUSE_S = 3.0
 
 
 @dataclass(slots=True)
@@ -20,7 +22,7 @@ class Streamed:
 
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
-    # Longest time without a chunk, its first included; to be shown, not asserted.
+    # Longest time without a chunk, its first included.
     longest_gap_s: float = 0.0
 
 
@@ -77,17 +79,26 @@ def run_streams(
 
 
 def run_rounds(
-    clients: Sequence[OpenAI], number: int, fault: Callable[[], object], *, rounds: int = 4
+    clients: Sequence[OpenAI],
+    number: int,
+    fault: Callable[[], object],
+    mend: Callable[[], object] | None = None,
+    *,
+    rounds: int = 4,
 ) -> list[Streamed]:
     """As `run_streams`, and each client goes on with `rounds` short ones: requests that are
-    placed during and after the fault."""
+    placed during and after the fault. `mend` happens once, when all have done half of them."""
     under_way = Barrier(number, action=fault)
+    half_way = Barrier(number, action=mend)
 
     def run(index: int) -> list[Streamed]:
         client = clients[index % len(clients)]
-        first = stream(client, index, lambda: under_way.wait(60))
-        later = [stream(client, index + number * r, num_tokens=20) for r in range(1, rounds + 1)]
-        return [first, *later]
+        streams = [stream(client, index, lambda: under_way.wait(60))]
+        for turn in range(1, rounds + 1):
+            if mend is not None and turn == rounds // 2 + 1:
+                half_way.wait(60)
+            streams.append(stream(client, index + number * turn, num_tokens=20))
+        return streams
 
     with ThreadPoolExecutor(number) as pool:
         return [streamed for streams in pool.map(run, range(number)) for streamed in streams]
@@ -103,3 +114,15 @@ def assert_same(disturbed: list[Streamed], undisturbed: list[Streamed]) -> None:
 
 def longest_gap_s(streams: Sequence[Streamed]) -> float:
     return max(streamed.longest_gap_s for streamed in streams)
+
+
+def assert_pause(disturbed: Sequence[Streamed], undisturbed: Sequence[Streamed]) -> None:
+    """No stream was silent for longer than a fault may take, beyond what it is anyway."""
+    longest, usual = longest_gap_s(disturbed), longest_gap_s(undisturbed)
+    print(f"longest gap {longest:.2f} s, else {usual:.2f} s")
+    assert longest <= MAX_PAUSE_S + usual
+
+
+def without_rounds(streams: Sequence[Streamed], *, rounds: int = 4) -> list[Streamed]:
+    """Of what `run_rounds` gave, what `run_streams` would have given."""
+    return list(streams[:: rounds + 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import psutil
@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.system import System, running_system
 from tests.faults.processes import engine_process, service_process
-from tests.faults.streams import Streamed, assert_same, run_streams
+from tests.faults.streams import Streamed, assert_pause, assert_same, run_streams
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
@@ -20,11 +20,6 @@ def pair() -> Iterator[System]:
     """A system with two workers."""
     with running_system("--dp", "2") as system:
         yield system
-
-
-@pytest.fixture
-def num_streams(fault_scale: float) -> int:
-    return max(4, round(32 * fault_scale))
 
 
 @pytest.fixture
@@ -43,13 +38,19 @@ def worker(system: System, index: int) -> psutil.Process:
     return service_process(system.process.pid, "services.worker", f"worker-{index}")
 
 
+def drill(
+    pair: System, undisturbed: list[Streamed], num_streams: int, fault: Callable[[], object]
+) -> None:
+    disturbed = run_streams([pair.openai], num_streams, fault)
+    assert_same(disturbed, undisturbed)
+    assert_pause(disturbed, undisturbed)
+
+
 def test_a_killed_worker_costs_a_pause_only(
     pair: System, num_streams: int, undisturbed: list[Streamed]
 ) -> None:
     before = num_migrations(pair)
-    assert_same(
-        run_streams([pair.openai], num_streams, lambda: worker(pair, 0).kill()), undisturbed
-    )
+    drill(pair, undisturbed, num_streams, lambda: worker(pair, 0).kill())
     assert num_migrations(pair) > before
 
 
@@ -60,7 +61,7 @@ def test_a_killed_engine_costs_a_pause_only(
         engine_process(worker(pair, 1)).kill()
 
     before = num_migrations(pair)
-    assert_same(run_streams([pair.openai], num_streams, kill), undisturbed)
+    drill(pair, undisturbed, num_streams, kill)
     assert num_migrations(pair) > before
 
 
@@ -71,7 +72,7 @@ def test_a_killed_control_plane_service_is_not_noticed(
     def kill() -> None:
         service_process(pair.process.pid, module).kill()
 
-    assert_same(run_streams([pair.openai], num_streams, kill), undisturbed)
+    drill(pair, undisturbed, num_streams, kill)
 
 
 def test_a_killed_tokenizer_costs_a_pause_only(
@@ -80,4 +81,4 @@ def test_a_killed_tokenizer_costs_a_pause_only(
     def kill() -> None:
         service_process(pair.process.pid, "services.tokenizer").kill()
 
-    assert_same(run_streams([pair.openai], num_streams, kill), undisturbed)
+    drill(pair, undisturbed, num_streams, kill)

@@ -18,7 +18,7 @@ from openai import APIConnectionError
 
 from tests.fakes.cluster import Cluster, running_cluster
 from tests.fakes.redis_process import RedisProcess, needs_redis, running_redis
-from tests.faults.streams import Streamed, assert_same, longest_gap_s, run_rounds, stream
+from tests.faults.streams import Streamed, assert_pause, assert_same, run_rounds, stream
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300), needs_redis]
 
@@ -41,11 +41,6 @@ def cluster(redis: RedisProcess) -> Iterator[Cluster]:
         num_schedulers=2, num_gateways=2, redis_url=redis.url, tenants=tenants
     ) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def num_streams(fault_scale: float) -> int:
-    return max(4, round(32 * fault_scale))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +82,8 @@ def drill(
     cluster: Cluster, undisturbed: list[Streamed], num_streams: int, fault: Callable[[], object]
 ) -> None:
     disturbed = run_rounds(cluster.clients, num_streams, fault)
-    print(f"longest gap {longest_gap_s(disturbed):.2f} s, else {longest_gap_s(undisturbed):.2f} s")
     assert_same(disturbed, undisturbed)
+    assert_pause(disturbed, undisturbed)
 
 
 def test_a_killed_redis_is_not_noticed(

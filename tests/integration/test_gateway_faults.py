@@ -88,6 +88,27 @@ async def test_a_request_that_comes_while_a_stream_is_broken_is_submitted_once()
         assert len(worker.submits) == 2
 
 
+async def test_a_stream_that_goes_silent_is_resumed() -> None:
+    async with gateway_stack(num_workers=2) as stack:
+        for worker in stack.workers:
+            worker.mute_at = 4
+        reply = await chat(stack)
+        assert text_of(reply.text) == ANSWER
+        assert [worker.mute_at for worker in stack.workers].count(None) == 1
+        assert sum(len(worker.submits) for worker in stack.workers) == 1
+
+
+async def test_a_worker_that_stands_still_is_left() -> None:
+    async with gateway_stack(num_workers=2, step_s=0.02) as stack:
+        task = asyncio.create_task(chat(stack))
+        await until(lambda: any(worker.submits for worker in stack.workers))
+        first, second = sorted(stack.workers, key=lambda worker: -len(worker.submits))
+        first.stands_still = True
+        reply = await task
+        assert text_of(reply.text) == ANSWER
+        assert len(second.submits) == 1
+
+
 async def test_a_frame_that_makes_no_sense_costs_its_session_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
