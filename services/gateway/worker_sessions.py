@@ -32,6 +32,7 @@ from rhizome.worker.v1.worker_service_pb2 import (
 )
 from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from services.common.errors import (
+    NotFoundError,
     OverloadedError,
     PreconditionError,
     RhizomeError,
@@ -60,11 +61,8 @@ _ALONE_SILENCE_S = 3.0
 # Longest time in which a worker answers the first opening of a session.
 _OPEN_S = 2.0
 
+_UNRESUMABLE = (PreconditionError, NotFoundError)
 _RETRYABLE = (UnavailableError, SessionBrokenError, OverloadedError)
-
-
-class _ForgottenError(PreconditionError):
-    """The worker lives, and gave the session up: nothing that it ran can have killed it."""
 
 
 class WorkerSession:
@@ -203,12 +201,11 @@ class WorkerSession:
                     len(self._choices),
                     error.message,
                 )
-            if resume_until is None or now > resume_until:
-                break
-            if isinstance(error, PreconditionError):
+            if resume_until is None or now > resume_until or isinstance(error, _UNRESUMABLE):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
-        if isinstance(error, _ForgottenError):
+        if isinstance(error, NotFoundError):
+            # The worker lives: nothing that it ran can have killed it.
             error = UnavailableError(error.message)
         elif resume_until is not None and not self._draining:
             error = SessionBrokenError(error.message)
@@ -266,7 +263,7 @@ class WorkerSession:
 
     def _resumed(self, resumed: bool, lost_handles: Sequence[int]) -> None:
         if not resumed:
-            raise _ForgottenError("the worker no longer has the session")
+            raise NotFoundError("the worker no longer has the session")
         for handle in lost_handles:
             self._lose(handle, UnavailableError("the worker lost the sequence"))
 

@@ -115,17 +115,17 @@ def running_cluster(
     num_tokenizers: int = 1,
     redis_url: str | None = None,
     tenants: object = None,
-    step_floor_ms: float | None = None,
     model_arguments: Sequence[str] = (),
     worker_arguments: Sequence[str] = (),
     scheduler_arguments: Sequence[str] = (),
+    step_floor_ms: float | None = None,
     route: Callable[[str, str], str] = direct,
 ) -> Iterator[Cluster]:
     """All ready: every scheduler knows all workers, every gateway can serve.
 
-    With `step_floor_ms` no engine's step is shorter.
     `route` turns a service's address into the one that a client (`gateway-0`; `*` for whoever asks
     a scheduler where a worker is) reaches it by.
+    With `step_floor_ms` no engine's step is shorter.
     """
     with tempfile.TemporaryDirectory(prefix="rz-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
@@ -176,16 +176,16 @@ def running_cluster(
         yield cluster
 
 
-def _addresses(directory: Path, module: str, number: int) -> list[str]:
-    return [f"unix:{directory}/{module}-{i}.sock" for i in range(number)]
-
-
 def _sample(url: str, name: str, labels: Mapping[str, str]) -> float:
     text = httpx.get(url).text
     shown = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
     start = f"{name}{{{shown}}} " if labels else f"{name} "
     values = [line.split()[-1] for line in text.splitlines() if line.startswith(start)]
     return float(values[0]) if values else 0.0
+
+
+def _addresses(directory: Path, module: str, number: int) -> list[str]:
+    return [f"unix:{directory}/{module}-{i}.sock" for i in range(number)]
 
 
 def _start_gateway(
