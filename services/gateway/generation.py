@@ -196,6 +196,13 @@ class Choice:
         self.ended = True
         self.owner.choice_failed(self, error)
 
+    def logprobs_arrived(self, block: LogprobBlock) -> None:
+        """Keep them, if they were asked for; they are of the prompt or of the output."""
+        is_prompt = block.start_position < len(self.prompt.token_ids)
+        rows = self.prompt_logprobs if is_prompt else self.output_logprobs
+        if rows is not None:
+            rows.extend(block)
+
     def tokens_arrived(self) -> None:
         """Note the time of the first token."""
         if not self.first_token_s:

@@ -19,7 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc import aio
 
 from rhizome.common.v1.finish_reason_pb2 import FINISH_REASON_CANCELLED
-from rhizome.common.v1.logprobs_pb2 import LogprobBlock, LogprobOptions
+from rhizome.common.v1.logprobs_pb2 import LogprobOptions
 from rhizome.common.v1.pool_identity_pb2 import ProtocolRange
 from rhizome.worker.v1.worker_service_pb2 import (
     ConnectRequest,
@@ -281,7 +281,7 @@ class WorkerSession:
                 choice.queue_ns += admission.queue_ns
         for entry in frame.logprobs:
             if (choice := choices.get(entry.handle)) is not None:
-                _take_logprobs(choice, entry.block)
+                choice.logprobs_arrived(entry.block)
         trimmed = {
             finish.handle
             for finish in frame.finishes
@@ -384,16 +384,6 @@ def remaining_time(deadline: float | None) -> Duration | None:
     duration = Duration()
     duration.FromNanoseconds(max(0, round((deadline - time.monotonic()) * 1e9)))
     return duration
-
-
-def _take_logprobs(choice: Choice, block: LogprobBlock) -> None:
-    rows = (
-        choice.prompt_logprobs
-        if block.start_position < len(choice.prompt.token_ids)
-        else choice.output_logprobs
-    )
-    if rows is not None:
-        rows.extend(block)
 
 
 async def _raise_status(call: aio.StreamStreamCall[ConnectRequest, ConnectResponse]) -> None:
