@@ -111,20 +111,18 @@ class TritonAttention:
     ) -> torch.Tensor:
         inputs = self._inputs
         assert inputs is not None, "plan() comes before run()"
-        keys, values = self._pool.keys(layer.index), self._pool.values(layer.index)
-        softmax = Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         self.run_single(q, layer, out)
         if self._blocks is not None:
             self._prefill.run(
                 q,
-                keys,
-                values,
+                self._pool.keys(layer.index),
+                self._pool.values(layer.index),
                 out,
                 self._blocks,
                 inputs.page_table,
-                softmax,
+                Softmax.of(layer.scale, layer.soft_cap, layer.sliding_window),
                 has_window=layer.sliding_window is not None,
             )
         if len(q) > self._num_tokens:
