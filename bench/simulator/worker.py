@@ -40,6 +40,8 @@ class WorkerShape:
     max_step_tokens: int = 8192
     schedule_policy: SchedulePolicy = "lpm"
     step_times: StepTimes = StepTimes()
+    # An 8-billion-parameter model's, as services/worker/engine/models/config.py has it.
+    pair_work: float = 3.8e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class SimulatedWorker:
             -(-shape.context_length // shape.page_size),
             shape.page_size,
         )
-        self._cost_model = CostModel()
+        self._cost_model = CostModel(shape.pair_work)
         self._coefficients: CostCoefficients | None = None
         self._fit_due_ns = 0
         self._eviction = EvictionWork()

@@ -93,7 +93,8 @@ class Replica:
         self.router = OutputRouter()
         self.reservations = ReservationBook()
         self.cache_events = CacheEventLog(identity.epoch)
-        self.cost_model = CostModel()
+        # Its engine says what bounds it when it is ready.
+        self.cost_model = CostModel(0.0)
         self.totals = StepTotals()
         # Why schedulers refused this worker, by address; and those that accepted it.
         self.refusals: dict[str, str] = {}
@@ -262,6 +263,7 @@ class Replica:
             namespace = cache_namespace(self.identity.pool.model_revision)
             self._limits = wire.Limits.of(output, namespace)
             self.ready = output
+            self.cost_model = CostModel(output.pair_work)
             self.load = EngineLoad(num_free_pages=output.num_pages)
             self.notify_state()
         elif isinstance(output, EngineFailed):

@@ -288,6 +288,7 @@ class FakeEngine:
             eos_token_ids=[0],
             max_running_sequences=self.scheduler.max_running,
             max_step_tokens=2048,
+            pair_work=1e-4,
             tp_size=1,
         )
 

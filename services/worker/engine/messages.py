@@ -190,7 +190,7 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     # From the result before (or from issuing it, after an idle time) to this one's result.
     step_ns: int
     prefill_tokens: int = 0
-    # Sum over prefill rows of tokens computed x tokens in place before.
+    # Pairs of a token that a prefill row computes and one before it in its sequence.
     prefill_context_products: int = 0
     decode_sequences: int = 0
     # Tokens in place before, over all decode rows.
@@ -252,6 +252,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     eos_token_ids: list[int]
     max_running_sequences: int
     max_step_tokens: int
+    # Arithmetic of attention to one earlier token over that of one token's linear layers.
+    pair_work: float
     tp_size: int
 
 

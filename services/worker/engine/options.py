@@ -82,6 +82,8 @@ class EnginePlan:
     eos_token_ids: tuple[int, ...]
     max_running_sequences: int
     max_step_tokens: int
+    pair_work: float
+    """ModelConfig's."""
     tp_size: int
     quantization: str | None = None
     """"fp8" where linear layers are kept so."""

@@ -180,6 +180,7 @@ def ready_message(plan: EnginePlan) -> EngineReady:
         eos_token_ids=list(plan.eos_token_ids),
         max_running_sequences=plan.max_running_sequences,
         max_step_tokens=plan.max_step_tokens,
+        pair_work=plan.pair_work,
         tp_size=plan.tp_size,
     )
 

@@ -534,7 +534,7 @@ def test_a_steps_work_tells_prefill_from_decode(num_in_flight):
             work.decode_context_tokens,
         )
         for work in works[:4]
-    ] == [(16, 0, 0, 0), (4, 64, 0, 0), (0, 0, 1, 20), (0, 0, 1, 21)]
+    ] == [(16, 120, 0, 0), (4, 70, 0, 0), (0, 0, 1, 20), (0, 0, 1, 21)]
     assert all(work.step_ns >= 1_000 or work is works[0] for work in works)
 
 

@@ -198,6 +198,7 @@ def test_a_loop_is_built_from_the_engines_plan():
         eos_token_ids=(1,),
         max_running_sequences=2,
         max_step_tokens=8,
+        pair_work=1e-4,
         tp_size=1,
     )
     runner = FakeRunner(

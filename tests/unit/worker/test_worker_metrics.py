@@ -31,6 +31,7 @@ READY = EngineReady(
     eos_token_ids=[0],
     max_running_sequences=8,
     max_step_tokens=64,
+    pair_work=1e-4,
     tp_size=1,
 )
 

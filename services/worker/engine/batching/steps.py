@@ -157,7 +157,7 @@ class PlanBuilder:
             events=events,
             prefill_tokens=len(self.chunk_ids),
             prefill_context_products=sum(
-                start * length
+                length * start + length * (length - 1) // 2
                 for start, length in zip(self.chunk_starts, self.chunk_lens, strict=True)
             ),
             decode_sequences=len(self.decode_slots),

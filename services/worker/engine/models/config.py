@@ -48,6 +48,17 @@ class ModelConfig:
     # How the checkpoint's linear layers are quantized; None where they are not.
     fp8: Fp8Scheme | None = None
 
+    @property
+    def pair_work(self) -> float:
+        """Arithmetic of attention to one earlier token over that of one token's linear layers.
+
+        Those of the decoder; the LM head runs for few tokens of a prompt.
+        """
+        heads = self.num_heads * self.head_dim
+        key_values = 2 * self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * heads + key_values + 3 * self.intermediate_size)
+        return 2 * heads / layer
+
 
 def parse_decoder(
     raw: Json,

@@ -228,6 +228,7 @@ def decide_plan(
         eos_token_ids=eos_token_ids,
         max_running_sequences=max_running_sequences,
         max_step_tokens=max_step_tokens,
+        pair_work=config.pair_work,
         schedule_policy=options.schedule_policy,
         tp_size=options.tp_size,
         quantization="fp8" if is_fp8 else None,
