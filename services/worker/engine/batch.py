@@ -83,6 +83,8 @@ class StepResult:
     step_number: int
     # [R] in the order of StepPlan.sample_rows.
     token_ids: Int32Array
+    # From the device's beginning with the step to its end; None where the device has no clock.
+    device_ns: int | None = None
     # By index into sample_rows; only rows whose LogprobSpec.output is set.
     output_logprobs: dict[int, LogprobRows] = field(default_factory=dict)
     # In the order of StepPlan.prompt_logprobs.

@@ -32,8 +32,19 @@ def test_time_without_a_backlog_does_not_count() -> None:
     rate = DrainRate()
     now = _work_off(rate, 0.0, 20, 1.0, 1)
     rate.observe(now, num_waiting=0, num_workers=1)
-    _work_off(rate, now + 10_000.0, 20, 1.0, 1)
+    _work_off(rate, now + 0.9, 20, 1.0, 1)
     assert rate.per_worker == pytest.approx(100.0)
+
+
+def test_a_new_backlog_is_not_judged_by_the_end_of_an_old_one() -> None:
+    """A burst was refused because the last of the one before had waited for long answers."""
+    rate = DrainRate()
+    now = _work_off(rate, 0.0, 20, 30.0, 1)
+    rate.observe(now, num_waiting=0, num_workers=1)
+    rate.observe(now + 3.0, num_waiting=200, num_workers=1)
+    assert rate.seconds_for(20_000.0, 1) is None
+    _work_off(rate, now + 3.0, 20, 0.1, 1)
+    assert rate.per_worker == pytest.approx(1000.0)
 
 
 def test_the_last_placements_count() -> None:

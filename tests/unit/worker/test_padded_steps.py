@@ -52,7 +52,7 @@ class Between:
 class Side:
     """A model's tables and pool."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, row_sizes: tuple[int, ...] = ()) -> None:
         self.model = model
         config = model.config
         self.pool = PagePool(
@@ -70,6 +70,7 @@ class Side:
             page_size=PAGE,
             padding_page=NUM_PAGES,
             device=CPU,
+            row_sizes=row_sizes,
         )
         self.backend = TorchAttention(self.pool)
 
@@ -167,3 +168,19 @@ def test_a_step_of_padding_only_goes_to_the_padding_page(model: Decoder) -> None
     inputs = side.tables.prepare_padded(padding_only(), buffer, 8)
     assert (inputs.locations // PAGE == NUM_PAGES).all()
     assert inputs.locations.data_ptr() == padded_view(buffer, 8)[3].data_ptr()
+
+
+def test_rows_that_sample_are_padded_to_the_next_size(model: Decoder) -> None:
+    plain, padded = Side(model), Side(model, row_sizes=(2, 4))
+    buffer = torch.zeros(PACKED_ROWS * 16 + 2 * NUM_SLOTS + 1, dtype=torch.int64)
+    for plan, num_sampled in zip(steps(MIXED), (2, 4, 2, 4), strict=True):
+        expected = plain.tables.prepare(plan)
+        for inputs in (
+            padded.tables.prepare(plan),
+            padded.tables.prepare_padded(plan, buffer, 16),
+        ):
+            assert inputs.sample_tokens is not None
+            assert len(inputs.sample_tokens) == num_sampled
+            lasts = plan.num_tokens.cumsum() - 1
+            assert inputs.sample_tokens[: len(lasts)].tolist() == lasts.tolist()
+            assert inputs.sampled_slots.tolist() == expected.sampled_slots.tolist()

@@ -172,8 +172,11 @@ class BatchScheduler:
         self._outputs.add_events(step.events)
         self._apply_chunks(step, result.prompt_logprobs, now)
         self._apply_samples(step, result, now)
-        since = step.issued_ns if self._last_result_ns is None else self._last_result_ns
-        self._outputs.end_step(step.step_number, step.work(now - since))
+        step_ns = result.device_ns
+        if step_ns is None:
+            since = step.issued_ns if self._last_result_ns is None else self._last_result_ns
+            step_ns = now - since
+        self._outputs.end_step(step.step_number, step.work(step_ns))
         self._last_result_ns = now if self._live else None
 
     def take_output(self) -> StepOutput | None:

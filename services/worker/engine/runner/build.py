@@ -25,6 +25,7 @@ from services.worker.engine.runner.profile import (
     memory_at_start,
     pool_budget,
     run_largest_steps,
+    run_prompts,
 )
 from services.worker.engine.runner.ranks import LeadingRunner, RankProcesses
 from services.worker.engine.runner.setup import (
@@ -152,10 +153,12 @@ def _plan(
 def _run_first_step(runner: Runner, plan: EnginePlan) -> None:
     """Warms up, and passes every collective.
 
-    On a GPU the largest steps: what they need is taken now, beside everything else there is.
+    On a GPU the largest steps: what they need is taken now, beside everything else there is. And
+    prompts of the sizes between them and those that graphs hold: libraries load kernels by size.
     """
     if plan.device == "cuda":
         run_largest_steps(runner, plan)
+        run_prompts(runner, plan)
         return
     runner.forward(largest_step(replace(plan, max_running_sequences=1, max_step_tokens=1)))
     runner.sample()

@@ -89,13 +89,13 @@ class DecodeGraphs:
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepInputs, torch.Tensor]:
-        """Issue the forward pass -> its inputs, and the rows' hidden states."""
+        """Issue the forward pass -> its inputs, and hidden states, [N, E], the rows' first."""
         num_rows = len(plan.slots)
         captured = self._captured[int(self._sizes[np.searchsorted(self._sizes, num_rows)])]
         inputs = self._tables.prepare_captured(plan, captured.packed)
         self._backend.plan_captured(inputs.attention)
         captured.graph.replay()
-        return inputs, captured.hidden[:num_rows]
+        return inputs, captured.hidden
 
     @torch.inference_mode()
     def _capture(self, size: int) -> _Captured:

@@ -29,7 +29,8 @@ class StepInputs:
     attention: AttentionInputs
     # [S] first token of each row in the step, on the host.
     first_tokens: npt.NDArray[np.int64]
-    # [R], padded likewise: tokens whose hidden state is sampled from; None when it is all T.
+    # Tokens whose hidden state is sampled from, [R], on a CPU padded likewise, on a GPU up to one
+    # of the tables' `row_sizes`; None when it is all T.
     sample_tokens: torch.Tensor | None
     # [R] slots of the rows that sample, and positions of the tokens they get, on the host.
     sample_slots: npt.NDArray[np.int32]
@@ -81,8 +82,11 @@ class SlotTables:
         page_size: int,
         padding_page: int,
         device: torch.device,
+        row_sizes: tuple[int, ...] = (),
     ) -> None:
+        """`row_sizes` are numbers of rows, ascending, that steps are padded to for sampling."""
         self.padding_slot = num_slots
+        self._row_sizes = np.array(row_sizes, np.intp)
         self._page_size = page_size
         self._device = device
         self._host_pages = np.zeros((num_slots + 1, max_pages), np.int32)
@@ -106,7 +110,7 @@ class SlotTables:
             tokens.slots,
             tokens.positions,
             self._locations(tokens.slots, tokens.positions),
-            *_selections(plan, tokens),
+            *self._selections(plan, tokens),
         )
         if (plan.token_ids == LAST_SAMPLED).any():
             token_ids = self.resolve(token_ids, slots)
@@ -120,7 +124,7 @@ class SlotTables:
         """
         self._apply_page_changes(plan)
         tokens = _TokenLayout.of(plan)
-        selections = _selections(plan, tokens)
+        selections = self._selections(plan, tokens)
         head = self._packed(width, plan.token_ids, tokens.slots, tokens.positions)
         host = np.concatenate((head.ravel(), *selections), dtype=np.int64)
         upload_into(buffer[: len(host)], host)
@@ -180,7 +184,7 @@ class SlotTables:
         token_ids, positions, locations = packed
         sample_tokens, sampled_slots = selections
         rows = plan.sample_rows
-        samples_all = len(rows) == len(plan.token_ids)
+        samples_all = len(rows) == len(plan.token_ids) == len(sample_tokens)
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
@@ -224,6 +228,17 @@ class SlotTables:
             )
             self._page_table.index_put_((slots, indices), pages.to(torch.int32))
 
+    def _selections(
+        self, plan: StepPlan, tokens: _TokenLayout
+    ) -> tuple[npt.NDArray[np.int64], Int32Array]:
+        """Tokens to sample from, some of them again as padding, and the slots that get the ids."""
+        rows = plan.sample_rows
+        chosen = tokens.ends[rows] - 1
+        if len(rows) and len(self._row_sizes):
+            size = self._row_sizes[np.searchsorted(self._row_sizes, len(rows))]
+            chosen = np.pad(chosen, (0, int(size) - len(rows)), mode="edge")
+        return chosen, plan.slots[rows]
+
     def _padded(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu" and len(values) == 1:
             return values.expand(MIN_CPU_ROWS)
@@ -249,8 +264,3 @@ def padding_only() -> StepPlan:
         page_indices=empty,
         page_ids=empty,
     )
-
-
-def _selections(plan: StepPlan, tokens: _TokenLayout) -> tuple[npt.NDArray[np.int64], Int32Array]:
-    """Tokens to sample from, and the slots that get the ids."""
-    return tokens.ends[plan.sample_rows] - 1, plan.slots[plan.sample_rows]

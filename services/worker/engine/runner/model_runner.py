@@ -17,7 +17,7 @@ from services.worker.engine.batch import PromptLogprobRequest, StepPlan, StepRes
 from services.worker.engine.kv.pool import PagePool, StepPlaces
 from services.worker.engine.models.decoder import Decoder
 from services.worker.engine.options import EnginePlan
-from services.worker.engine.runner.graphs import DecodeGraphs
+from services.worker.engine.runner.graphs import DecodeGraphs, decode_graph_sizes
 from services.worker.engine.runner.inputs import SlotTables, StepInputs
 from services.worker.engine.runner.pieces import PieceGraphs
 from services.worker.engine.sampling.logprobs import (
@@ -25,7 +25,7 @@ from services.worker.engine.sampling.logprobs import (
     concatenate,
     logprob_rows,
 )
-from services.worker.engine.sampling.steps import SampledStep, step_sampler
+from services.worker.engine.sampling.steps import SampledStep, event_now, step_sampler
 
 # Prompt positions whose logits exist at one time.
 _PROMPT_LOGPROB_BLOCK = 256
@@ -37,6 +37,8 @@ class _Forwarded:
 
     plan: StepPlan
     inputs: StepInputs
+    # When the device begins with it; None on a CPU.
+    begins: torch.cuda.Event | None
     # [R, V]; None where `largest`, [R], says all that is wanted.
     logits: torch.Tensor | None
     largest: torch.Tensor | None
@@ -50,6 +52,7 @@ class _Sampled:
 
     plan: StepPlan
     sample_positions: npt.NDArray[np.int64]
+    begins: torch.cuda.Event | None
     # Its prompt_logprobs are in the order of StepPlan.prompt_logprobs.
     step: SampledStep
 
@@ -78,12 +81,16 @@ class ModelRunner:
         self._reports = reports
         self._shares_vocabulary = plan.tp_size > 1
         num_slots = plan.max_running_sequences
+        # A GPU's libraries choose and load a kernel for each number of rows at its first use, and
+        # wait for all work in flight then. So there are few of them, and `warm_up` uses all.
+        self._row_sizes = () if device.type == "cpu" else decode_graph_sizes(num_slots)
         self._tables = SlotTables(
             num_slots=num_slots,
             max_pages=-(-plan.context_length // plan.page_size),
             page_size=plan.page_size,
             padding_page=plan.num_pages,
             device=device,
+            row_sizes=self._row_sizes,
         )
         self._sampler = step_sampler(
             num_slots=num_slots,
@@ -93,11 +100,11 @@ class ModelRunner:
             device=device,
         )
         self._device = device
+        self._dtype: torch.dtype = getattr(torch, plan.dtype)
         self._forwarded: deque[_Forwarded] = deque()
         self._sampled: deque[_Sampled] = deque()
         self._graphs: DecodeGraphs | None = None
         self._pieces: PieceGraphs | None = None
-        self._num_slots = num_slots
 
     def capture_decodes(self, backend: CapturableAttention, sizes: tuple[int, ...]) -> None:
         """Replay graphs of decode steps from here on; `backend` is the one given before."""
@@ -118,18 +125,30 @@ class ModelRunner:
             pool=self._pool,
             tables=self._tables,
             sizes=sizes,
-            num_slots=self._num_slots,
+            num_rows=self._row_sizes[-1],
             device=self._device,
         )
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute logits of every number of rows that steps may sample. All ranks call it."""
+        for size in self._row_sizes:
+            hidden = torch.zeros(
+                size, self._model.config.hidden_size, dtype=self._dtype, device=self._device
+            )
+            self._model.logits(hidden)
+            if self._shares_vocabulary:
+                self._model.largest(hidden)
+
+    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         """Issue the step's forward pass."""
+        begins = event_now(self._device)
         for assignment in plan.assignments:
             self._sampler.assign(assignment)
         if self._graphs is not None and self._graphs.takes(plan):
             inputs, hidden = self._graphs.forward(plan)
-            self._forwarded.append(self._forwarded_with(hidden, plan, inputs, []))
+            self._forwarded.append(self._forwarded_with(hidden, plan, inputs, begins, []))
             return
         if self._pieces is not None and self._pieces.takes(plan):
             inputs, hidden = self._pieces.forward(plan)
@@ -143,13 +162,14 @@ class ModelRunner:
         ]
         if inputs.sample_tokens is not None:
             hidden = hidden.index_select(0, inputs.sample_tokens)
-        self._forwarded.append(self._forwarded_with(hidden, plan, inputs, prompt_logprobs))
+        self._forwarded.append(self._forwarded_with(hidden, plan, inputs, begins, prompt_logprobs))
 
     def _forwarded_with(
         self,
         hidden: torch.Tensor,
         plan: StepPlan,
         inputs: StepInputs,
+        begins: torch.cuda.Event | None,
         prompt_logprobs: list[PositionLogprobs],
     ) -> _Forwarded:
         """[at least R, E] -> what sampling needs of the step."""
@@ -159,9 +179,9 @@ class ModelRunner:
             inputs.sample_slots, inputs.sample_positions
         ):
             largest = self._model.largest(hidden)[:num_rows]
-            return _Forwarded(plan, inputs, None, largest, prompt_logprobs)
+            return _Forwarded(plan, inputs, begins, None, largest, prompt_logprobs)
         logits = self._model.logits(hidden)[:num_rows]
-        return _Forwarded(plan, inputs, logits, None, prompt_logprobs)
+        return _Forwarded(plan, inputs, begins, logits, None, prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -181,7 +201,9 @@ class ModelRunner:
             )
         self._tables.note_sampled(inputs.sampled_slots, step.device_ids)
         if self._reports:
-            self._sampled.append(_Sampled(forwarded.plan, inputs.sample_positions, step))
+            self._sampled.append(
+                _Sampled(forwarded.plan, inputs.sample_positions, forwarded.begins, step)
+            )
 
     def has_result(self) -> bool:
         """Whether `result` would not wait. Raises RuntimeError when the device failed."""
@@ -194,10 +216,15 @@ class ModelRunner:
         """Wait for the oldest sampled step that was not read yet."""
         sampled = self._sampled.popleft()
         step = sampled.step
+        device_ns = None
         if step.is_filled is not None:
             step.is_filled.synchronize()
+            assert sampled.begins is not None, "whoever has the one event has the other"
+            device_ns = int(sampled.begins.elapsed_time(step.is_filled) * 1e6)
         token_ids = step.token_ids.to(torch.int32).numpy()
-        result = StepResult(step_number=sampled.plan.step_number, token_ids=token_ids)
+        result = StepResult(
+            step_number=sampled.plan.step_number, token_ids=token_ids, device_ns=device_ns
+        )
         if step.logprobs is not None:
             for index, row in enumerate(step.logprob_rows):
                 result.output_logprobs[row] = logprob_rows(

@@ -72,9 +72,10 @@ class PieceGraphs:
         pool: PagePool,
         tables: SlotTables,
         sizes: tuple[int, ...],
-        num_slots: int,
+        num_rows: int,
         device: torch.device,
     ) -> None:
+        """`num_rows` is the most that steps sample, padding counted."""
         self._model = model
         self._backend = backend
         self._pool = pool
@@ -87,7 +88,7 @@ class PieceGraphs:
         largest = int(self._sizes[-1])
         # What captures read, then what concerns the rows that sample.
         self._buffer = torch.zeros(
-            PACKED_ROWS * largest + 2 * num_slots, dtype=torch.int64, device=device
+            PACKED_ROWS * largest + 2 * num_rows, dtype=torch.int64, device=device
         )
         # [largest N, H, D] and [largest N, E], made when their shapes are known.
         self._attended: torch.Tensor | None = None

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _HOST_FRACTION = 0.9
 # Sizes of each kind of graph that are captured to see what they take.
 _FEW_GRAPHS, _MORE_GRAPHS = 4, 8
+# Tokens of prompts that are run at start.
+_PROMPT_SIZES = (512, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192)
 # Tokens of the step at the end of the context: more than any backend handles in one block.
 _LATE_TOKENS = 256
 _SAMPLING = SamplingParams(
@@ -144,6 +146,20 @@ def run_largest_steps(runner: Runner, plan: EnginePlan) -> None:
         runner.forward(step)
         runner.sample()
     for _ in range(runner.num_in_flight):
+        runner.result()
+
+
+def run_prompts(runner: Runner, plan: EnginePlan) -> None:
+    """Greedy ones of a few sizes, up to what a step takes."""
+    for num_tokens in _PROMPT_SIZES:
+        if num_tokens > plan.max_step_tokens:
+            break
+        step = largest_step(replace(plan, max_step_tokens=num_tokens, max_running_sequences=4))
+        step.prompt_logprobs.clear()
+        for assignment in step.assignments:
+            assignment.sampling, assignment.logprobs = SamplingParams(), LogprobSpec()
+        runner.forward(step)
+        runner.sample()
         runner.result()
 
 

@@ -343,6 +343,7 @@ def make_runner(
         device=device,
         reports=reports,
     )
+    runner.warm_up()
     if capturable is None:
         return runner
     if plan.graph_sizes:

@@ -35,7 +35,7 @@ from services.worker.engine.sampling.records import (
     slot_record,
 )
 from services.worker.engine.sampling.slot_lists import SlotLists
-from services.worker.engine.sampling.steps import SampledStep
+from services.worker.engine.sampling.steps import SampledStep, event_now
 from services.worker.engine.sampling.table import has_penalty
 
 _WORDS = RECORD.itemsize // 4
@@ -245,7 +245,7 @@ class DeviceSampler:
                 _unpacked(part.view(len(each.chosen), -1), _widths_of(each))
                 for part, each in zip(others, prompts, strict=True)
             ],
-            is_filled=_event(self._device),
+            is_filled=event_now(self._device),
         )
 
 
@@ -295,11 +295,3 @@ def _packed(results: PositionLogprobs) -> torch.Tensor:
         requested.view(torch.int32),
     )
     return torch.cat(parts, dim=1).flatten()
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    if device.type == "cpu":
-        return None
-    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event

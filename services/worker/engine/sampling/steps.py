@@ -38,8 +38,17 @@ class SampledStep:
     logprob_specs: list[LogprobSpec]
     logprobs: PositionLogprobs | None
     prompt_logprobs: list[PositionLogprobs]
-    # Comes after the copies to the host; None where they were done at once.
+    # Comes after the copies to the host, and has the time; None where they were done at once.
     is_filled: torch.cuda.Event | None
+
+
+def event_now(device: torch.device) -> torch.cuda.Event | None:
+    """Has the time at which a GPU gets here; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 class StepSampler(Protocol):
