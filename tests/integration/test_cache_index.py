@@ -142,7 +142,7 @@ async def test_a_broken_stream_is_resumed_without_a_snapshot() -> None:
         assert follower.sequence_number == 2
 
 
-async def test_events_lost_from_the_ring_cost_one_snapshot() -> None:
+async def test_pain_10_k_events_lost_from_the_ring_cost_one_snapshot() -> None:
     async with system() as s, mock_worker() as a:
         follower = s.follow("a", a.address)
         a.cache.use(CHAIN)
@@ -212,7 +212,7 @@ async def test_a_worker_in_no_table_any_more_is_scrubbed_after_the_linger() -> N
         assert index.match(CHAIN).worker_ids == []
 
 
-async def test_a_worker_missing_for_a_moment_keeps_its_pages() -> None:
+async def test_pain_10_k_a_scheduler_that_restarts_costs_no_pages() -> None:
     index = PrefixIndex(1000)
     discovery = Discovery(index, (), linger_s=60)
     running = asyncio.create_task(discovery.run())
@@ -290,7 +290,7 @@ def stored(first: int, *runs: tuple[int, list[int]]) -> worker_pb.WatchCacheEven
     return worker_pb.WatchCacheEventsResponse(epoch=EPOCH, events=batch)
 
 
-async def test_a_gap_in_the_numbers_is_noticed_and_healed_by_a_snapshot() -> None:
+async def test_pain_10_k_a_gap_in_the_numbers_is_noticed_and_healed_by_a_snapshot() -> None:
     worker = ScriptedWorker(
         [
             [snapshot(chain_pages(CHAIN[:1]), 4), stored(6, (CHAIN[0], [CHAIN[1]]))],

@@ -121,7 +121,7 @@ async def test_a_frame_that_makes_no_sense_costs_its_session_only(
     assert "event=worker_session_failed" in caplog.text
 
 
-async def test_a_request_goes_on_elsewhere_with_what_it_has() -> None:
+async def test_pain_21_s_a_request_goes_on_elsewhere_with_what_it_has() -> None:
     async with gateway_stack(num_workers=2) as stack:
         for worker in stack.workers:
             worker.forget_on_break = True
@@ -197,7 +197,7 @@ async def test_a_full_worker_is_a_429_when_there_is_no_other() -> None:
         assert int(reply.headers["retry-after"]) >= 1
 
 
-async def test_a_disconnect_cancels_the_sequences() -> None:
+async def test_pain_18_s_a_disconnect_cancels_the_sequences() -> None:
     async with gateway_stack(step_s=0.02) as stack:
         worker = stack.workers[0]
         for stream in (True, False):
@@ -233,7 +233,7 @@ async def test_a_reader_that_stops_is_cut_off_and_others_are_not_held_up() -> No
         await until(lambda: stack.pipeline.inflight.num_prompts == 0)
 
 
-async def test_silent_streams_get_comments_while_they_wait() -> None:
+async def test_pain_19_s_silent_streams_get_comments_during_a_long_prefill() -> None:
     async with gateway_stack(keepalive_s=0.2) as stack:
         stack.workers[0].paused = True
         task = asyncio.create_task(chat(stack))
@@ -337,7 +337,9 @@ async def test_text_goes_on_at_another_tokenizer() -> None:
         assert len(worker.submits) == 3
 
 
-async def test_a_tokenizer_with_other_digests_is_not_used_and_the_error_says_why() -> None:
+async def test_pain_16_s_a_tokenizer_with_other_digests_is_not_used_and_the_error_says_why() -> (
+    None
+):
     parts = tokenizer_parts()
     info = GetTokenizerInfoResponse()
     info.CopyFrom(parts.info)

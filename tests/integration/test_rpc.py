@@ -164,7 +164,9 @@ async def test_a_cancelled_call_runs_the_servicers_finally(
     await asyncio.wait_for(servicer.ended.wait(), 5)
 
 
-async def test_readiness_can_be_flipped(channel: aio.Channel, server: RunningServer) -> None:
+async def test_pain_23_h_readiness_can_be_flipped(
+    channel: aio.Channel, server: RunningServer
+) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", SERVICE.full_name):
         request = health_pb2.HealthCheckRequest(service=service)

@@ -74,7 +74,7 @@ READY, DRAINING, SUSPECT = (
 )
 
 
-async def test_a_refusal_names_every_differing_field(
+async def test_pain_07_p_a_refusal_names_and_counts_every_differing_field(
     stub: Any, address: str, scheduler: RunningScheduler
 ) -> None:
     async with registered_worker(address, make_description("w0")):

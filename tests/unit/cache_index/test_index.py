@@ -357,7 +357,9 @@ def test_random_events_of_conforming_workers_match_a_naive_model(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_beyond_its_bound_the_index_never_claims_more_than_a_worker_holds(seed: int) -> None:
+def test_pain_12_k_beyond_its_bound_the_index_never_claims_more_than_a_worker_holds(
+    seed: int,
+) -> None:
     rng = random.Random(seed)
     chains = random_forest(rng)
     index = PrefixIndex(60)

@@ -80,7 +80,7 @@ def test_an_awaited_model_that_was_never_seen_is_unavailable_and_not_unknown() -
         table.model("default")
 
 
-def test_a_table_is_ready_with_one_ready_worker() -> None:
+def test_pain_22_h_a_table_is_ready_with_one_ready_worker() -> None:
     table = WorkerTable()
     table.update([pool("a", WORKER_STATE_SUSPECT)])
     assert not table.has_ready_worker()

@@ -53,7 +53,7 @@ def test_a_long_silence_forgets_everything() -> None:
     assert overlay.match(chain(1, 4), 100 * GENERATION_S) == {}
 
 
-def test_memory_is_bounded_and_the_newest_stay() -> None:
+def test_pain_12_k_the_overlay_is_bounded_and_the_newest_stay() -> None:
     overlay = PredictionOverlay(max_marks=25)
     for name in range(50):
         overlay.add("a", chain(name, 28), 0.0)

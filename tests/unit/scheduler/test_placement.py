@@ -29,7 +29,7 @@ def scheduler() -> Scheduler:
 FULL = {"num_free_pages": 0, "num_running": 64}
 
 
-def test_a_request_is_placed_and_charged_at_once(scheduler: Scheduler) -> None:
+def test_pain_04_p_a_request_is_charged_as_it_is_placed(scheduler: Scheduler) -> None:
     scheduler.register("a")
     ticket = scheduler.schedule("r", num_prompt_tokens=160, num_choices=3)
     assert ticket.reservation is not None

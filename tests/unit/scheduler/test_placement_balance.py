@@ -134,7 +134,7 @@ def test_sessions_return_to_their_worker(scheduler: Scheduler) -> None:
     assert worker_of(again) == worker_of(first)
 
 
-def test_random_traffic_ends_with_a_zero_balance(scheduler: Scheduler) -> None:
+def test_pain_04_p_random_traffic_ends_with_a_zero_balance(scheduler: Scheduler) -> None:
     rng = random.Random(11)
     registrations = {name: scheduler.register(name) for name in "abc"}
     live: list[Ticket] = []

@@ -72,7 +72,7 @@ def test_a_long_match_wins_over_a_little_load() -> None:
     assert policy.branch(query, chosen) == "prefix_load/affinity"
 
 
-def test_a_hot_prefix_leaves_its_overloaded_owner() -> None:
+def test_pain_05_p_a_hot_prefix_leaves_its_overloaded_owner() -> None:
     workers = [
         make_view("owner", num_waiting=3, num_waiting_uncached_tokens=7000, num_running=30),
         make_view("idle"),
@@ -84,7 +84,7 @@ def test_a_hot_prefix_leaves_its_overloaded_owner() -> None:
     assert policy.branch(query, chosen) == "prefix_load/spread"
 
 
-def test_imbalance_elsewhere_does_not_end_affinity() -> None:
+def test_pain_02_p_imbalance_elsewhere_does_not_end_affinity() -> None:
     workers = [
         make_view("swamped", num_waiting=9, num_waiting_uncached_tokens=50_000, num_running=60),
         make_view("owner", num_running=5),
@@ -94,7 +94,7 @@ def test_imbalance_elsewhere_does_not_end_affinity() -> None:
     assert _policy().choose(query, workers).worker_id == "owner"
 
 
-def test_short_prompts_spread_over_equal_workers() -> None:
+def test_pain_08_p_short_prompts_spread_over_equal_workers() -> None:
     workers = [make_view(name) for name in "abcd"]
     query = make_query(make_request(num_prompt_tokens=5))
     policy = _policy()

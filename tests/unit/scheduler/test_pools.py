@@ -15,7 +15,7 @@ from services.scheduler.pools import (
 from tests.unit.scheduler.build import make_identity
 
 
-def test_every_differing_field_is_named_with_both_values() -> None:
+def test_pain_07_p_every_differing_field_is_named_with_both_values() -> None:
     pool = Pool({})
     pool.identity = make_identity()
     other = PoolIdentity(
@@ -52,7 +52,7 @@ def test_a_worker_goes_to_the_pool_of_its_model() -> None:
     assert pools.for_worker(make_identity(served_model_name="c")) is None
 
 
-def test_protocol_ranges_must_overlap() -> None:
+def test_pain_15_s_protocol_ranges_must_overlap() -> None:
     assert protocol_mismatch(ProtocolRange(1, 3)) == []
     assert [mismatch.field for mismatch in protocol_mismatch(ProtocolRange(2, 3))] == ["protocol"]
     assert ProtocolRange(1, 4).highest_common(ProtocolRange(2, 3)) == 3

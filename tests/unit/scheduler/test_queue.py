@@ -71,7 +71,9 @@ def test_a_ticket_knows_how_many_are_ahead(queue: PoolQueue) -> None:
     assert queue.position(tickets[3]) == 2
 
 
-def test_tenants_take_turns_however_much_one_sends(queue: PoolQueue, ledger: ServiceLedger) -> None:
+def test_pain_30_q_tenants_take_turns_however_much_one_sends(
+    queue: PoolQueue, ledger: ServiceLedger
+) -> None:
     for index in range(50):
         queue.add(_ticket(f"flood{index}", tenant="flood"))
     for index in range(3):

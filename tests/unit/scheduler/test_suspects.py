@@ -35,7 +35,7 @@ def _state(scheduler: Scheduler, worker_id: str) -> WorkerState:
     return scheduler.view(worker_id).state
 
 
-def test_an_engine_stuck_in_a_step_gets_nothing_new_and_recovers_by_itself(
+def test_pain_22_h_an_engine_stuck_in_a_step_gets_nothing_new_and_recovers_by_itself(
     scheduler: Scheduler,
 ) -> None:
     stuck, fine = scheduler.register("stuck"), scheduler.register("fine")
@@ -61,7 +61,7 @@ def test_patience_is_five_predicted_steps(scheduler: Scheduler) -> None:
     assert _state(scheduler, "slow") is WorkerState.SUSPECT
 
 
-def test_engines_that_step_or_idle_are_never_suspected(scheduler: Scheduler) -> None:
+def test_pain_22_h_engines_that_step_or_idle_are_never_suspected(scheduler: Scheduler) -> None:
     registration = scheduler.register("w")
     _run_for(scheduler, 5.0, {registration: BUSY}, steps=True)
     assert _state(scheduler, "w") is WorkerState.READY

@@ -44,7 +44,9 @@ def stream(kind: str, portions: list[list[int]], skip: bool, context: list[int])
 @KINDS
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans())
-def test_every_split_gives_the_one_shot_text(kind: str, data: st.DataObject, skip: bool) -> None:
+def test_pain_15_s_every_split_gives_the_one_shot_text(
+    kind: str, data: st.DataObject, skip: bool
+) -> None:
     ids = data.draw(ids_of(kind))
     whole = vocabularies.ALL[kind]().decode(ids, skip_special_tokens=skip)
     assert "".join(stream(kind, [[i] for i in ids], skip, [])) == whole

@@ -188,7 +188,7 @@ def test_clearing_everything_is_one_event(cache):
     assert cache.events.take() == []
 
 
-def test_prefix_hashes_are_those_of_the_other_services(cache):
+def test_pain_07_p_prefix_hashes_are_those_of_the_other_services(cache):
     token_ids = list(range(100, 116))
     nodes = list(cache.add(token_ids).path())[::-1]
     assert [node.prefix_hash for node in nodes] == prefix_hashes(token_ids, PAGE_SIZE, NAMESPACE)
