@@ -56,6 +56,7 @@ class Follower:
         *,
         first_delay_s: float = 0.1,
         max_delay_s: float = 1.0,
+        unreached_s: float = 5.0,
     ) -> None:
         self.worker_id = worker_id
         self.address = address
@@ -67,6 +68,7 @@ class Follower:
         self._turns = turns
         self._first_delay_s = first_delay_s
         self._max_delay_s = max_delay_s
+        self._unreached_s = unreached_s
         # The complete holding, and the one whose snapshot is arriving.
         self._holder: Holder | None = None
         self._loading: Holder | None = None
@@ -91,7 +93,7 @@ class Follower:
             async with open_channel(self.address) as channel:
                 stub = WorkerServiceStub(channel)
                 while True:
-                    await channel.channel_ready()
+                    await self._reach(channel)
                     try:
                         await self._follow(stub)
                     except grpc.aio.AioRpcError as error:
@@ -109,6 +111,17 @@ class Follower:
                     delay_s = min(2 * delay_s, self._max_delay_s)
         finally:
             self._drop_holder()
+
+    async def _reach(self, channel: grpc.aio.Channel) -> None:
+        """Wait for the worker, and say so where that takes long: nothing else would."""
+        try:
+            async with asyncio.timeout(self._unreached_s):
+                await channel.channel_ready()
+        except TimeoutError:
+            logger.warning(
+                "event=worker_unreached worker=%s address=%s", self.worker_id, self.address
+            )
+            await channel.channel_ready()
 
     async def _follow(self, stub: Any) -> None:
         """Apply one stream until it ends."""

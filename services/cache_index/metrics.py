@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from rhizome.cache_index.v1 import cache_index_service_pb2 as index_pb
 from services.cache_index.discovery import Discovery
 from services.cache_index.index import PrefixIndex
 
@@ -41,6 +42,11 @@ class IndexCollector(Collector):
             "Age of a worker's newest event when applied.",
             labels=["worker"],
         )
+        following = GaugeMetricFamily(
+            f"{prefix}_following",
+            "1 while a worker's events arrive; else its pages are unknown, or old.",
+            labels=["worker"],
+        )
         resyncs = CounterMetricFamily(
             f"{prefix}_resyncs", "Snapshots taken again.", labels=["worker"]
         )
@@ -49,5 +55,7 @@ class IndexCollector(Collector):
             for name, count in zip(_TIER_NAMES, holder.num_pages if holder else (), strict=False):
                 pages.add_metric((follower.worker_id, name), count)
             lag.add_metric((follower.worker_id,), follower.lag_ns / 1e9)
+            is_live = follower.state == index_pb.FOLLOWER_STATE_LIVE
+            following.add_metric((follower.worker_id,), is_live)
             resyncs.add_metric((follower.worker_id,), follower.num_resyncs)
-        yield from (pages, lag, resyncs)
+        yield from (pages, lag, following, resyncs)
