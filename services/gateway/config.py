@@ -53,8 +53,12 @@ class GatewayConfig:
     request_timeout_s: float | None = None
     """Time a request may take in all; absent means no limit."""
 
+    drain_delay_s: float = 0.0
+    """Time after SIGTERM in which health checks fail while requests are still taken: what a load
+    balancer needs to send them elsewhere."""
+
     shutdown_grace_s: float = 30.0
-    """Time that running requests get to finish after SIGTERM."""
+    """Time that running requests then get to finish."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
@@ -75,5 +79,7 @@ class GatewayConfig:
         check_redis_url(self.redis_url)
         if self.keepalive_s <= 0:
             raise ValueError(f"keepalive_s must be > 0, got {self.keepalive_s}")
+        if self.drain_delay_s < 0:
+            raise ValueError(f"drain_delay_s must be >= 0, got {self.drain_delay_s}")
         if self.request_timeout_s is not None and self.request_timeout_s <= 0:
             raise ValueError(f"request_timeout_s must be > 0, got {self.request_timeout_s}")

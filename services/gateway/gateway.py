@@ -39,7 +39,8 @@ class RunningGateway:
 
 @contextlib.asynccontextmanager
 async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway]:
-    """Serve HTTP and gRPC until the block ends; then running requests may finish.
+    """Serve HTTP and gRPC until the block ends; then health checks fail, `drain_delay_s` later
+    nothing new is taken, and running requests may finish.
 
     Raises ValueError for a bad file of tenants, OSError for an address that cannot be bound.
     """
@@ -86,7 +87,12 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 grace_s=config.shutdown_grace_s,
             )
         )
-        yield RunningGateway(http_port, server.port, pipeline)
+        try:
+            yield RunningGateway(http_port, server.port, pipeline)
+        finally:
+            pipeline.closing = True
+            await server.set_ready(False)
+            await asyncio.sleep(config.drain_delay_s)
 
 
 @contextlib.asynccontextmanager

@@ -21,7 +21,9 @@ _STARTED = int(time.time())
 
 
 async def health(serving: Serving, exchange: Exchange) -> None:
-    """GET /health: 200 while a tokenizer and a worker are there to serve a request."""
+    """GET /health: 200 while a tokenizer and a worker are there to serve a request, and the gateway
+    is not stopping.
+    """
     if not serving.pipeline.ready:
         raise UnavailableError(_why_not_ready(serving))
     await exchange.reply(200, b"", b"text/plain; charset=utf-8")
@@ -83,6 +85,8 @@ def _card(served: ServedModel) -> dict[str, object]:
 
 
 def _why_not_ready(serving: Serving) -> str:
+    if serving.pipeline.closing:
+        return "the gateway is stopping"
     if not serving.pipeline.tokenizers.usable:
         return serving.pipeline.tokenizers.why_unusable()
     return "no worker is ready"

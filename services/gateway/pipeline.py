@@ -81,11 +81,12 @@ class Pipeline:
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
         self.rates = RateLimits(tenants, metrics)
         self._tenants = tenants
+        self.closing = False
 
     @property
     def ready(self) -> bool:
-        """Whether a request could be served now."""
-        return self.tokenizers.usable and self.control.table.has_ready_worker()
+        """Whether requests should come: one could be served, and the gateway is not to end."""
+        return not self.closing and self.tokenizers.usable and self.control.table.has_ready_worker()
 
     @contextlib.contextmanager
     def admitted(self, prompts: Sequence[Prompt], tenant: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ def test_peers_are_given_once_for_each_replica() -> None:
         (["--keepalive-s", "0"], "keepalive"),
         (["--max-inflight-requests", "0"], "inflight"),
         (["--request-timeout-s", "-1"], "timeout"),
+        (["--drain-delay-s", "-1"], "drain-delay"),
         (["--log-level", "loud"], "log-level"),
     ],
 )
