@@ -167,7 +167,7 @@ def num_tokens_of(index: int) -> int:
     return NUM_TOKENS if index % 4 == 0 else 20
 
 
-def test_a_rolling_restart_of_every_worker_fails_no_request(
+def test_pain_24_h_a_rolling_restart_of_every_worker_fails_no_request(
     cluster: Cluster, fault_scale: float
 ) -> None:
     client = cluster.clients[0]

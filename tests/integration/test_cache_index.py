@@ -359,7 +359,7 @@ async def test_tiers_of_a_snapshot_are_told_apart() -> None:
                 await asyncio.sleep(0.01)
 
 
-async def test_matches_are_answered_while_a_large_snapshot_loads() -> None:
+async def test_pain_10_k_matches_are_answered_while_a_large_snapshot_loads() -> None:
     rng = random.Random(1)
     chains = [[rng.getrandbits(64) | 1 for _ in range(256)] for _ in range(1000)]
     chunks = [

@@ -80,6 +80,33 @@ async def test_a_chat_streams_the_same_text(client: AsyncOpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+async def test_pain_20_s_usage_is_counted_always_and_shown_to_those_who_asked(
+    client: AsyncOpenAI, stack: GatewayStack
+) -> None:
+    assert stack.scheduler is not None
+    stack.workers[0].cached_tokens = 3
+    reported = stack.scheduler.metrics.value
+    counted = stack.pipeline.metrics.registry.get_sample_value
+    for number, options in enumerate(({}, {"stream_options": {"include_usage": True}}), 1):
+        stream = await client.chat.completions.create(
+            model="default", messages=CHAT, stream=True, **options
+        )
+        chunks = [chunk async for chunk in stream]
+        prompt_tokens = len(stack.workers[0].submits[-1].token_ids)
+        if options:
+            assert chunks[-1].choices == []
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.prompt_tokens == prompt_tokens
+            assert chunks[-1].usage.prompt_tokens_details is not None
+            assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 3
+        else:
+            assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+        await until(lambda n=number: reported("actual_cached_tokens_total") == 3 * n)  # type: ignore[misc]
+        assert reported("reported_prompt_tokens_total") == number * prompt_tokens
+        output = counted("rhizome_gateway_output_tokens_total", {"model": "scripted"})
+        assert output == number * len(answer_ids())
+
+
 async def test_choices_are_multiplexed_in_one_stream(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="default", messages=CHAT, stream=True, n=3, max_tokens=5

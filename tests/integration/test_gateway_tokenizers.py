@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -80,6 +81,22 @@ async def test_a_prompt_that_takes_long_stays_where_it_is() -> None:
                 each.done.set()
             assert (await answer)[0].token_ids == [7]
             assert sum(each.num_prompts for each in slow) == 1
+
+
+async def test_pain_27_s_prompts_and_texts_are_shared_among_the_replicas() -> None:
+    slow = [SlowTokenizer(), SlowTokenizer()]
+    async with running_slow_tokenizer(slow[0]) as first, running_slow_tokenizer(slow[1]) as second:
+        pool = TokenizerPool((first, second), lambda: None)
+        async with pool.following():
+            await until(lambda: {_picked(pool), _picked(pool)} == {first, second})
+            answers = [asyncio.create_task(pool.tokenize(INPUTS, "", 16)) for _ in range(8)]
+            await until(lambda: sum(each.num_prompts for each in slow) == 8)
+            assert [each.num_prompts for each in slow] == [4, 4]
+            # Text streams ask for their replica in the same way.
+            assert Counter(_picked(pool) for _ in range(8)) == {first: 4, second: 4}
+            for each in slow:
+                each.done.set()
+            await asyncio.gather(*answers)
 
 
 async def test_the_only_replica_is_waited_for() -> None:

@@ -199,3 +199,41 @@ async def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once() -> Non
         assert value("sheds_total", reason="deadline", priority="normal") == 1
         worker.num_claimed = 0
         assert {(await one).status_code for one in waiting} == {200}
+
+
+async def test_pain_18_s_a_client_that_leaves_the_queue_leaves_nothing(
+    stack: GatewayStack,
+) -> None:
+    await _fill(stack)
+    async with _client(stack) as http:
+        for stream in (False, True):
+            waiting = asyncio.create_task(_post(http, stream=stream))
+            await until(lambda: _queued(stack) == 1)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await until(lambda: _queued(stack) == 0)
+            await until(lambda: stack.pipeline.inflight.num_prompts == 0)
+        stack.workers[0].num_claimed = 0
+        assert (await _post(http)).status_code == 200
+        assert len(stack.workers[0].submits) == 1
+        await until(lambda: _metrics(stack).value("reservations") == 0)
+
+
+async def test_pain_19_s_a_stream_that_waits_in_the_queue_gets_comments() -> None:
+    async with gateway_stack(keepalive_s=0.2) as stack, _client(stack) as http:
+        await _fill(stack)
+        body = {**BODY, "stream": True}
+        async with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.aiter_lines()
+            comments = [line async for line in _first(lines, 4) if line]
+            assert comments == [": keep-alive"] * 2
+            assert stack.workers[0].submits == []
+            assert _queued(stack) == 1
+            stack.workers[0].num_claimed = 0
+            rest = [line async for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]"
+
+
+async def _first(lines: AsyncIterator[str], count: int) -> AsyncIterator[str]:
+    for _ in range(count):
+        yield await anext(lines)

@@ -146,7 +146,7 @@ async def test_cancelling_half_of_many_leaves_nothing(channel: aio.Channel) -> N
     await client.call.done_writing()
 
 
-async def test_a_disconnect_without_resume_frees_everything(channel: aio.Channel) -> None:
+async def test_pain_18_s_a_disconnect_without_resume_frees_everything(channel: aio.Channel) -> None:
     client = SessionClient(channel, "gone")
     await client.open()
     (received,) = await client.submit(make_submit(1, PROMPT, max_new_tokens=3000))

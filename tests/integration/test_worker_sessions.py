@@ -408,7 +408,7 @@ async def test_an_engine_failure_ends_every_handle_retryably(bench: Bench) -> No
     assert not failure.permanent
 
 
-async def test_draining_refuses_new_work_and_finishes_the_old(bench: Bench) -> None:
+async def test_pain_24_h_draining_refuses_new_work_and_finishes_the_old(bench: Bench) -> None:
     bench.engine.step_s = 0.002
     client = bench.client()
     await client.open()

@@ -98,7 +98,7 @@ def test_a_handle_that_was_never_opened_is_an_error_of_that_handle(session: Text
     assert "never opened" in response.ends[0].error.message
 
 
-def test_many_handles_in_one_message_let_the_loop_work(session: TextSession) -> None:
+def test_pain_27_s_many_handles_in_one_message_let_the_loop_work(session: TextSession) -> None:
     answer(session, pb.StreamTextRequest(opens=[opens(handle) for handle in range(3000)]))
     replies = list(session.answer(columns(*((handle, 0, ids("q")) for handle in range(3000)))))
     assert replies[:2] == [None, None]
