@@ -95,6 +95,23 @@ def test_pain_04_p_what_decodes_does_not_count_as_prefill() -> None:
     assert (view.queued_prefill_ns, view.num_active) == (0.0, 1)
 
 
+def test_pain_05_p_a_prefix_that_all_ask_for_is_soon_on_every_worker() -> None:
+    scheduler = _scheduler(_policy("prefix_load"))
+    running: Counter[str] = Counter()
+    for number in range(120):
+        ticket = scheduler.schedule(
+            f"r{number}", prefix_hashes=chain(0, 60), num_prompt_tokens=60 * PAGE_SIZE + 5
+        )
+        chosen = worker_of(ticket)
+        running[chosen] += 1
+        assert ticket.reservation is not None
+        num = running[chosen]
+        admitted = ticket.reservation.reservation_id
+        _report(scheduler, chosen, admitted, num_running=num, num_running_context_tokens=num * 1000)
+    assert len(running) == 4
+    assert max(running.values()) <= 60
+
+
 def test_pain_06_p_a_placement_makes_one_workers_view_anew() -> None:
     scheduler = _scheduler(_policy("prefix_load"), num_workers=1000)
     before = scheduler.table.snapshot(scheduler.pool)
