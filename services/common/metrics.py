@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.registry import Collector
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def metrics_server(port: int | None, collector: Collector) -> Iterator[int | None]:
     """Serve `/metrics` until the block ends, on the port it yields; nothing without a port.
 
-    `collector` is asked from a thread of the server's. Raises OSError for a port that cannot be
+    What `collector` gives, and the process's own memory, CPU time and open files. `collector` is asked from a thread of the server's. Raises OSError for a port that cannot be
     bound.
     """
     if port is None:
@@ -24,6 +24,7 @@ def metrics_server(port: int | None, collector: Collector) -> Iterator[int | Non
         return
     registry = CollectorRegistry()
     registry.register(collector)
+    ProcessCollector(registry=registry)
     try:
         server, thread = start_http_server(port, registry=registry)
     except (OSError, OverflowError) as error:

@@ -20,7 +20,9 @@ def counted() -> CollectorRegistry:
 def test_metrics_are_served_over_http_and_stop_with_the_block() -> None:
     with metrics_server(0, counted()) as port:
         with urllib.request.urlopen(f"http://localhost:{port}/metrics") as response:
-            assert b"apples_total 3.0" in response.read()
+            text = response.read()
+    assert b"apples_total 3.0" in text
+    assert b"process_resident_memory_bytes" in text
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://localhost:{port}/metrics")
 
