@@ -52,7 +52,7 @@ async def serve(config: TokenizerConfig) -> None:
         )
         metrics = TokenizerMetrics()
         servicer = TokenizerServicer(parts, pool, metrics)
-        stack.enter_context(metrics_server(config.metrics_port, metrics.registry))
+        await stack.enter_async_context(metrics_server(config.metrics_port, metrics.registry))
         server = await stack.enter_async_context(
             running_server(
                 lambda server: tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(
