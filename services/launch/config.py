@@ -44,7 +44,7 @@ class ServeConfig(EngineFlags):
 
     metrics_port: int | None = None
     """First port of the Prometheus metrics behind the gateway's own, which are at its `/metrics`:
-    the scheduler's, then the cache index's, then each replica's. Default: none.
+    the scheduler's, then the cache index's, the tokenizer's, and each replica's. Default: none.
     """
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -75,10 +75,10 @@ class ServeConfig(EngineFlags):
 
     @property
     def metrics_ports(self) -> range:
-        """The scheduler's, the index's and each replica's; empty without `metrics_port`."""
+        """The scheduler's, index's, tokenizer's and replicas'; empty without `metrics_port`."""
         if self.metrics_port is None:
             return range(0)
-        return range(self.metrics_port, self.metrics_port + 2 + self.dp)
+        return range(self.metrics_port, self.metrics_port + 3 + self.dp)
 
     def _check_ports(self) -> None:
         for name, port in (("port", self.port), ("grpc-port", self.grpc_port)):

@@ -59,7 +59,10 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
         )
         for replica in range(config.dp)
     ]
-    tokenizer = ("--listen", sockets.tokenizer, *_model_arguments(config))
+    tokenizer = (
+        *("--listen", sockets.tokenizer, *_model_arguments(config)),
+        *_metrics_arguments(config, 2),
+    )
     index = (
         *("--listen", sockets.index, "--scheduler", sockets.scheduler),
         *_metrics_arguments(config, 1),
@@ -127,7 +130,7 @@ def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> 
         *("--scheduler", sockets.scheduler),
         # The gateway has drained before: nothing is left to wait for.
         *("--drain-timeout-s", "1"),
-        *_metrics_arguments(config, 2 + replica),
+        *_metrics_arguments(config, 3 + replica),
         *worker_arguments(config, replica=replica),
     )
 

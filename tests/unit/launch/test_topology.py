@@ -102,10 +102,14 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
 
 def test_services_behind_the_gateway_get_ports_for_their_metrics_in_order() -> None:
     services = parsed(ServeConfig(dp=2, metrics_port=29000))
-    ports = {
-        name: services[name].metrics_port for name in ("scheduler", "index", "worker-0", "worker-1")
+    ports = {name: services[name].metrics_port for name in sorted(services) if name != "gateway"}
+    assert ports == {
+        "scheduler": 29000,
+        "index": 29001,
+        "tokenizer": 29002,
+        "worker-0": 29003,
+        "worker-1": 29004,
     }
-    assert ports == {"scheduler": 29000, "index": 29001, "worker-0": 29002, "worker-1": 29003}
     assert parsed(ServeConfig())["scheduler"].metrics_port is None
 
 
@@ -169,10 +173,10 @@ def test_replicas_that_cannot_be_are_refused(asked: dict[str, Any], reason: str)
         ({"port": 0}, "port must be within 1..65535"),
         ({"port": 65535}, "leaves none for gRPC"),
         ({"port": 8000, "grpc_port": 8000}, "grpc-port must differ from port"),
-        ({"metrics_port": 0}, "metrics-port 0 takes 3 ports, all within 1..65535"),
-        ({"metrics_port": 65533, "dp": 2}, "metrics-port 65533 takes 4 ports"),
-        ({"metrics_port": 29998}, "ports up to 30000; port is 30000"),
-        ({"metrics_port": 30001}, "ports up to 30003; grpc-port is 30001"),
+        ({"metrics_port": 0}, "metrics-port 0 takes 4 ports, all within 1..65535"),
+        ({"metrics_port": 65533, "dp": 2}, "metrics-port 65533 takes 5 ports"),
+        ({"metrics_port": 29998}, "ports up to 30001; port is 30000"),
+        ({"metrics_port": 30001}, "ports up to 30004; grpc-port is 30001"),
         (
             {
                 "tp_size": 2,
