@@ -23,14 +23,19 @@ _WORKER = "services.worker"
 
 def with_engine(specs: Sequence[ServiceSpec], module: str, *arguments: str) -> list[ServiceSpec]:
     """The same services, their workers with the engine that `module` runs."""
-    engine = json.dumps([module, *arguments])
+    program = engine_program(module, *arguments)
     changed = []
     for spec in specs:
         python, minus_m, service, *flags = spec.argv
         if service == _WORKER:
-            spec = replace(spec, argv=(python, minus_m, "bench.other_engine", engine, *flags))
+            spec = replace(spec, argv=(python, minus_m, *program, *flags))
         changed.append(spec)
     return changed
+
+
+def engine_program(module: str, *arguments: str) -> tuple[str, str]:
+    """What to run in place of `services.worker`: this module and its first argument."""
+    return "bench.other_engine", json.dumps([module, *arguments])
 
 
 def main() -> None:
