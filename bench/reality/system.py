@@ -11,18 +11,17 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
+from bench.other_engine import with_engine
 from bench.reality.slowed import NUM_ARGUMENTS, Slowing
 from services.common.config import parse_config
 from services.common.logs import configure_logging
 from services.common.process import die_with_parent, run, stop_event
 from services.launch.config import ServeConfig
 from services.launch.supervisor import Supervisor, private_directory
-from services.launch.topology import ServiceSpec, build_topology
+from services.launch.topology import build_topology
 
-_WORKER = "services.worker"
 _START_LIMIT_S = 240.0
 _STOP_LIMIT_S = 60.0
 # Made in the log directory when every service is ready.
@@ -75,18 +74,9 @@ async def _serve(config: ServeConfig, slowing: Slowing) -> None:
     stop = stop_event()
     async with private_directory() as directory:
         specs = build_topology(config, directory, os.getpid())
-        slowed = [_slowed(spec, slowing) for spec in specs]
+        slowed = with_engine(specs, "bench.reality.slowed", *slowing.arguments())
         supervisor = Supervisor(slowed, directory, lambda line: print(line, flush=True))
         await supervisor.run(lambda: (slowing.log / _READY).touch(), stop)
-
-
-def _slowed(spec: ServiceSpec, slowing: Slowing) -> ServiceSpec:
-    python, minus_m, module, *rest = spec.argv
-    if module != _WORKER:
-        return spec
-    return replace(
-        spec, argv=(python, minus_m, "bench.reality.worker", *slowing.arguments(), *rest)
-    )
 
 
 if __name__ == "__main__":

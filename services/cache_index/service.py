@@ -35,7 +35,7 @@ async def running_cache_index(config: CacheIndexConfig) -> AsyncIterator[Running
     index = PrefixIndex(config.max_pages)
     discovery = Discovery(index, config.scheduler)
     servicer = CacheIndexServicer(index, discovery)
-    with metrics_server(config.metrics_port, IndexCollector(index, discovery)):
+    async with metrics_server(config.metrics_port, IndexCollector(index, discovery)):
         async with running_server(
             lambda server: add_CacheIndexServiceServicer_to_server(servicer, server),
             [pb.DESCRIPTOR.services_by_name["CacheIndexService"]],

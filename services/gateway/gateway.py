@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from services.common.metrics import process_metrics
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
 from services.common.tenants import TenantSet, read_tenants
@@ -59,6 +60,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
         Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
     )
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(process_metrics(metrics.registry))
         await stack.enter_async_context(control.following())
         await stack.enter_async_context(tokenizers.following())
         if config.redis_url is not None:

@@ -42,14 +42,21 @@ class ServeConfig(EngineFlags):
     Default: the scheduler's, 60.
     """
 
+    metrics_port: int | None = None
+    """First port of the Prometheus metrics behind the gateway's own, which are at its `/metrics`:
+    the scheduler's, then the cache index's, the tokenizer's, and each replica's. Default: none.
+    """
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
     def __post_init__(self) -> None:
-        self._check_ports()
-        self.check_engine()
         if self.dp < 1:
             raise ValueError(f"dp must be >= 1, got {self.dp}")
+        self._check_ports()
+        self.check_engine()
+        if self.node_rank > 0 and self.metrics_port is not None:
+            raise ValueError(f"metrics-port is for host 0, this is host {self.node_rank}")
         if self.dp > 1 and self.nnodes > 1:
             raise ValueError(
                 f"dp must be 1 with nnodes > 1, got {self.dp}: start one system for each replica"
@@ -66,6 +73,13 @@ class ServeConfig(EngineFlags):
         """Where the public gRPC API listens."""
         return self.port + 1 if self.grpc_port is None else self.grpc_port
 
+    @property
+    def metrics_ports(self) -> range:
+        """The scheduler's, index's, tokenizer's and replicas'; empty without `metrics_port`."""
+        if self.metrics_port is None:
+            return range(0)
+        return range(self.metrics_port, self.metrics_port + 3 + self.dp)
+
     def _check_ports(self) -> None:
         for name, port in (("port", self.port), ("grpc-port", self.grpc_port)):
             if port is not None and not 1 <= port <= 65535:
@@ -74,3 +88,16 @@ class ServeConfig(EngineFlags):
             raise ValueError(f"port {self.port} leaves none for gRPC above it: give --grpc-port")
         if self.public_grpc_port == self.port:
             raise ValueError(f"grpc-port must differ from port, both are {self.port}")
+        metrics = self.metrics_ports
+        if not metrics:
+            return
+        if metrics.start < 1 or metrics.stop > 65536:
+            raise ValueError(
+                f"metrics-port {metrics.start} takes {len(metrics)} ports, all within 1..65535"
+            )
+        for name, port in (("port", self.port), ("grpc-port", self.public_grpc_port)):
+            if port in metrics:
+                raise ValueError(
+                    f"metrics-port {metrics.start} takes ports up to {metrics.stop - 1}; "
+                    f"{name} is {port}"
+                )

@@ -59,8 +59,14 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
         )
         for replica in range(config.dp)
     ]
-    tokenizer = ("--listen", sockets.tokenizer, *_model_arguments(config))
-    index = ("--listen", sockets.index, "--scheduler", sockets.scheduler)
+    tokenizer = (
+        *("--listen", sockets.tokenizer, *_model_arguments(config)),
+        *_metrics_arguments(config, 2),
+    )
+    index = (
+        *("--listen", sockets.index, "--scheduler", sockets.scheduler),
+        *_metrics_arguments(config, 1),
+    )
     scheduler = _scheduler_arguments(config, sockets)
     return [
         service(
@@ -110,7 +116,11 @@ def _scheduler_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, .
         "--tenants": config.tenants,
         "--max-queue-wait-s": config.max_queue_wait_s,
     }
-    return ("--listen", sockets.scheduler, "--cache-index", sockets.index, *_given(wishes))
+    return (
+        *("--listen", sockets.scheduler, "--cache-index", sockets.index),
+        *_metrics_arguments(config, 0),
+        *_given(wishes),
+    )
 
 
 def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> tuple[str, ...]:
@@ -120,8 +130,15 @@ def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> 
         *("--scheduler", sockets.scheduler),
         # The gateway has drained before: nothing is left to wait for.
         *("--drain-timeout-s", "1"),
+        *_metrics_arguments(config, 3 + replica),
         *worker_arguments(config, replica=replica),
     )
+
+
+def _metrics_arguments(config: ServeConfig, place: int) -> tuple[str, ...]:
+    """Of the service at this place among `ServeConfig.metrics_ports`."""
+    ports = config.metrics_ports
+    return ("--metrics-port", str(ports[place])) if ports else ()
 
 
 def _given(flags: Mapping[str, object]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ async def _serve(config: SchedulerConfig) -> None:
 
     stop = stop_event()
     async with running_scheduler(config) as scheduler:
-        with metrics_server(config.metrics_port, scheduler.metrics.registry):
+        async with metrics_server(config.metrics_port, scheduler.metrics.registry):
             logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
             await stop.wait()
     logger.info("event=stopped")

@@ -27,6 +27,9 @@ class TokenizerConfig:
     num_encode_threads: int = 2
     """Threads for templates and encoding; one long prompt keeps one busy."""
 
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics. Default: none."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much to log."""
 

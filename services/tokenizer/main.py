@@ -34,8 +34,10 @@ async def serve(config: TokenizerConfig) -> None:
     """Load and serve until SIGINT or SIGTERM."""
     # Late, so that --help and bad flags answer at once.
     from rhizome.tokenizer.v1 import tokenizer_service_pb2, tokenizer_service_pb2_grpc
+    from services.common.metrics import metrics_server
     from services.common.rpc import running_server
     from services.tokenizer.load import load_parts
+    from services.tokenizer.metrics import TokenizerMetrics
     from services.tokenizer.servicer import TokenizerServicer
 
     parts = load_parts(config.model_path, config.tokenizer_path, config.chat_template)
@@ -48,7 +50,9 @@ async def serve(config: TokenizerConfig) -> None:
         pool = stack.enter_context(
             ThreadPoolExecutor(config.num_encode_threads, thread_name_prefix="encode")
         )
-        servicer = TokenizerServicer(parts, pool)
+        metrics = TokenizerMetrics()
+        servicer = TokenizerServicer(parts, pool, metrics)
+        await stack.enter_async_context(metrics_server(config.metrics_port, metrics.registry))
         server = await stack.enter_async_context(
             running_server(
                 lambda server: tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(

@@ -20,6 +20,7 @@ from services.common.rpc import MAX_MESSAGE_BYTES
 from services.tokenizer.chat import Chat, ChatTemplate
 from services.tokenizer.detokenize import open_detokenizer
 from services.tokenizer.encode import Encoder, Text, id_slices, sliced_prefix_hashes
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pieces import PieceTables
 from services.tokenizer.session import TextSession, skips_special_tokens
 
@@ -50,22 +51,30 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     All but short prompts, that is: text streams wait less for those than a thread would.
     """
 
-    def __init__(self, parts: TokenizerParts, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, parts: TokenizerParts, pool: ThreadPoolExecutor, metrics: TokenizerMetrics
+    ) -> None:
         self._parts = parts
         self._pool = pool
+        self._metrics = metrics
         self._num_waiting = 0
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        if request.ByteSize() <= _SHORT_BYTES:
-            return tokenize(self._parts, request)
-        return await self._in_pool(lambda: tokenize(self._parts, request))
+        with self._metrics.call("tokenize"):
+            if request.ByteSize() <= _SHORT_BYTES:
+                response = tokenize(self._parts, request)
+            else:
+                response = await self._in_pool(lambda: tokenize(self._parts, request))
+        self._metrics.prompt_tokens.inc(sum(len(result.token_ids) for result in response.results))
+        return response
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.DetokenizeResponse:
-        return await self._in_pool(lambda: detokenize(self._parts.tables, request))
+        with self._metrics.call("detokenize"):
+            return await self._in_pool(lambda: detokenize(self._parts.tables, request))
 
     # The stubs know generators only; this one writes, which costs less a message.
     async def StreamText(  # type: ignore[override]
@@ -74,13 +83,14 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
         context: aio.ServicerContext[Any, Any],
     ) -> None:
         session = TextSession(self._parts.tables)
-        async for request in request_iterator:
-            for response in session.answer(request):
-                if response is None:
-                    await asyncio.sleep(0)
-                else:
-                    # Waits while the caller does not read: then nothing more is taken in either.
-                    await context.write(response)
+        with self._metrics.text_streams.track_inprogress():
+            async for request in request_iterator:
+                for response in session.answer(request):
+                    if response is None:
+                        await asyncio.sleep(0)
+                    else:
+                        # Waits while the caller does not read: then nothing more is taken in.
+                        await context.write(response)
 
     async def GetTokenizerInfo(
         self, request: pb.GetTokenizerInfoRequest, context: aio.ServicerContext[Any, Any]
@@ -92,7 +102,8 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
             raise OverloadedError("too many texts are waiting to be tokenized")
         self._num_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            with self._metrics.waiting.track_inprogress():
+                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self._num_waiting -= 1
 

@@ -44,18 +44,6 @@ _MAX_GAIN = 1e50
 _FIT_INTERVAL_S = 1.0
 
 
-def _simplest() -> _Floats:
-    """The directions of the simplest model's two coefficients."""
-    seeing = _USUAL_PAIR_TIME / _MAX_PAIR_TIME
-    directions = np.zeros((_NUM_FEATURES, 2))
-    directions[_TOKENS, 0], directions[_TOKENS_SEEING, 0] = 1 - seeing, seeing
-    directions[_DECODE, 1] = 1.0
-    return directions
-
-
-_SIMPLEST = _simplest()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostCoefficients:
     """Nanoseconds, as in scheduler.v1.CostModel."""
@@ -184,7 +172,7 @@ class _Equations:
         scale = np.sqrt(np.diag(everything))
         active = [index for index in unknown if scale[index] > 0]
         targets = np.array(self._targets) - everything @ solution
-        prior = self._simplest(everything, targets, active)
+        prior = _prior(everything, targets, active)
         weights = _PRIOR_OBSERVATIONS * self._gain / np.maximum(self._counts, self._gain)
         while active:
             norm = scale[active]
@@ -197,15 +185,23 @@ class _Equations:
                 break
             active.pop(worst)
 
-    @staticmethod
-    def _simplest(products: _Floats, targets: _Floats, active: list[int]) -> _Floats:
-        directions = np.zeros_like(_SIMPLEST)
-        directions[active] = _SIMPLEST[active]
-        squares, wanted = directions.T @ products @ directions, directions.T @ targets
-        return np.asarray(directions @ np.maximum(0.0, np.linalg.lstsq(squares, wanted)[0]))
-
     def _rescale(self) -> None:
         self._products = [[value / self._gain for value in row] for row in self._products]
         self._targets = [value / self._gain for value in self._targets]
         self._counts = [value / self._gain for value in self._counts]
         self._gain = 1.0
+
+
+def _prior(products: _Floats, targets: _Floats, active: list[int]) -> _Floats:
+    """The simplest model that fits: a time a prefilled token with its usual pairs, one a decode."""
+    seeing = _USUAL_PAIR_TIME / _MAX_PAIR_TIME
+    directions = np.zeros((_NUM_FEATURES, 2))
+    for feature, direction, share in (
+        (_TOKENS, 0, 1 - seeing),
+        (_TOKENS_SEEING, 0, seeing),
+        (_DECODE, 1, 1.0),
+    ):
+        if feature in active:
+            directions[feature, direction] = share
+    squares, wanted = directions.T @ products @ directions, directions.T @ targets
+    return np.asarray(directions @ np.maximum(0.0, np.linalg.lstsq(squares, wanted)[0]))

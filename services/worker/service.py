@@ -83,7 +83,9 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
         pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(metrics_server(options.metrics_port, WorkerCollector(replica)))
+        await stack.enter_async_context(
+            metrics_server(options.metrics_port, WorkerCollector(replica))
+        )
         server = await stack.enter_async_context(
             running_server(add, [_SERVICE], options.listen, ready=False)
         )

@@ -20,6 +20,8 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from openai import OpenAI
 
+from bench.other_engine import engine_program
+from bench.reality.slowed import Slowing
 from services.common.config import child_environment
 from tests.e2e.system import ROOT, free_port
 
@@ -81,7 +83,8 @@ class Cluster:
         """The program of a worker whose steps take at least so long, and are logged."""
         logs = self._step_logs(worker)
         logs.mkdir()
-        return "bench.reality.worker", str(floor_ms), "0", str(logs)
+        slowing = Slowing(floor_ms=floor_ms, token_ms=0.0, log=logs)
+        return engine_program("bench.reality.slowed", *slowing.arguments())
 
     def wait_for(self, name: str, text: str, times: int = 1) -> None:
         """Until a service has logged this, so often in all."""

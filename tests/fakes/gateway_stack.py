@@ -24,6 +24,7 @@ from services.gateway.pipeline import Pipeline
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import RunningScheduler, running_scheduler
 from services.tokenizer.load import load_parts
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.servicer import TokenizerParts, TokenizerServicer
 from tests.fakes.scripted_worker import PAGE_SIZE, ScriptedWorker, running_worker
 
@@ -78,7 +79,7 @@ async def running_tokenizer(
 ) -> AsyncIterator[str]:
     """Gives its address, which is `listen` for a Unix socket."""
     with ThreadPoolExecutor(2) as pool:
-        servicer = TokenizerServicer(parts or tokenizer_parts(), pool)
+        servicer = TokenizerServicer(parts or tokenizer_parts(), pool, TokenizerMetrics())
 
         def add(server: aio.Server) -> None:
             add_TokenizerServiceServicer_to_server(servicer, server)

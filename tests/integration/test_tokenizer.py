@@ -31,6 +31,7 @@ from services.common.model_files import (
 from services.common.prefix_hash import HASH_VERSION, prefix_hashes
 from services.common.rpc import open_channel, running_server
 from services.tokenizer.load import load_parts
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.servicer import TokenizerParts, TokenizerServicer, tokenize
 
 MODEL = builtin_model_path()
@@ -47,9 +48,11 @@ def reference() -> Tokenizer:
     return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
-async def connected(parts: TokenizerParts) -> AsyncIterator[Any]:
+async def connected(
+    parts: TokenizerParts, metrics: TokenizerMetrics | None = None
+) -> AsyncIterator[Any]:
     with ThreadPoolExecutor(2) as pool:
-        servicer = TokenizerServicer(parts, pool)
+        servicer = TokenizerServicer(parts, pool, metrics or TokenizerMetrics())
         async with (
             running_server(
                 lambda server: pb_grpc.add_TokenizerServiceServicer_to_server(servicer, server),
@@ -369,3 +372,33 @@ async def test_bad_flags_end_the_process_with_a_reason(
     assert process.returncode == status
     assert message in errors.decode()
     assert "Traceback" not in errors.decode()
+
+
+async def test_metrics_tell_calls_by_their_end_and_count_tokens(parts: TokenizerParts) -> None:
+    metrics = TokenizerMetrics()
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"rhizome_tokenizer_{name}", labels)
+
+    async for stub in connected(parts, metrics):
+        short, long = pb.TokenizeInput(text="one two"), pb.TokenizeInput(text="word " * 400)
+        responses = [
+            await stub.Tokenize(pb.TokenizeRequest(inputs=[text])) for text in (short, long)
+        ]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Tokenize(pb.TokenizeRequest(inputs=[pb.TokenizeInput()]))
+        await stub.Detokenize(pb.DetokenizeRequest(sequences=[pb.TokenSequence(token_ids=[300])]))
+        stream = stub.StreamText()
+        await stream.write(pb.StreamTextRequest())
+        while value("text_streams") != 1:
+            await asyncio.sleep(0.01)
+        stream.cancel()
+        while value("text_streams"):
+            await asyncio.sleep(0.01)
+    assert value("calls_total", method="tokenize", outcome="ok") == 2
+    assert value("calls_total", method="tokenize", outcome="refused") == 1
+    assert value("calls_total", method="detokenize", outcome="ok") == 1
+    assert value("seconds_count", method="tokenize") == 3
+    num_tokens = sum(len(response.results[0].token_ids) for response in responses)
+    assert value("prompt_tokens_total") == num_tokens > 400
+    assert value("waiting_calls") == 0

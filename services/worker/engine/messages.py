@@ -187,7 +187,8 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     A row that computes more than one token, or its prompt's last, is a prefill row.
     """
 
-    # From the result before (or from issuing it, after an idle time) to this one's result.
+    # As the device measured it; where it has no clock, from the result before (or from issuing it,
+    # after an idle time) to this one's result.
     step_ns: int
     prefill_tokens: int = 0
     # Pairs of a token that a prefill row computes and one before it in its sequence.

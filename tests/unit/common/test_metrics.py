@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import urllib.error
 import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from services.common.metrics import metrics_server
+from services.common.metrics import metrics_server, process_metrics
 
 
 def counted() -> CollectorRegistry:
@@ -17,22 +19,39 @@ def counted() -> CollectorRegistry:
     return registry
 
 
-def test_metrics_are_served_over_http_and_stop_with_the_block() -> None:
-    with metrics_server(0, counted()) as port:
-        with urllib.request.urlopen(f"http://localhost:{port}/metrics") as response:
-            assert b"apples_total 3.0" in response.read()
+def fetch(port: int | None) -> str:
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics") as response:
+        return str(response.read(), "utf-8")
+
+
+async def test_metrics_are_served_over_http_and_stop_with_the_block() -> None:
+    async with metrics_server(0, counted()) as port:
+        text = fetch(port)
+    assert "apples_total 3.0" in text
+    assert "process_resident_memory_bytes" in text
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://localhost:{port}/metrics")
+        fetch(port)
 
 
-def test_without_a_port_nothing_is_served() -> None:
-    with metrics_server(None, counted()) as port:
+async def test_a_blocked_event_loop_is_seen() -> None:
+    registry = CollectorRegistry()
+    async with process_metrics(registry):
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            time.sleep(0.3)
+        lag = registry.get_sample_value("rhizome_event_loop_lag_seconds_sum")
+    assert lag is not None
+    assert lag >= 0.1
+
+
+async def test_without_a_port_nothing_is_served() -> None:
+    async with metrics_server(None, counted()) as port:
         assert port is None
 
 
-def test_a_port_that_cannot_be_bound_is_named() -> None:
-    with metrics_server(0, counted()) as taken:
+async def test_a_port_that_cannot_be_bound_is_named() -> None:
+    async with metrics_server(0, counted()) as taken:
         for port in (taken, 70_000):
             with pytest.raises(OSError, match=f"metrics on port {port}"):
-                with metrics_server(port, counted()):
+                async with metrics_server(port, counted()):
                     pass

@@ -100,6 +100,19 @@ def test_what_the_operator_asks_reaches_the_worker() -> None:
     assert (worker.disable_flashinfer, worker.attention_reduce_in_fp32) == (True, True)
 
 
+def test_services_behind_the_gateway_get_ports_for_their_metrics_in_order() -> None:
+    services = parsed(ServeConfig(dp=2, metrics_port=29000))
+    ports = {name: services[name].metrics_port for name in sorted(services) if name != "gateway"}
+    assert ports == {
+        "scheduler": 29000,
+        "index": 29001,
+        "tokenizer": 29002,
+        "worker-0": 29003,
+        "worker-1": 29004,
+    }
+    assert parsed(ServeConfig())["scheduler"].metrics_port is None
+
+
 def test_the_grpc_port_follows_the_http_port() -> None:
     assert parsed(ServeConfig(port=8000))["gateway"].grpc_listen == "127.0.0.1:8001"
     assert parsed(ServeConfig(port=8000, grpc_port=9))["gateway"].grpc_listen == "127.0.0.1:9"
@@ -160,6 +173,20 @@ def test_replicas_that_cannot_be_are_refused(asked: dict[str, Any], reason: str)
         ({"port": 0}, "port must be within 1..65535"),
         ({"port": 65535}, "leaves none for gRPC"),
         ({"port": 8000, "grpc_port": 8000}, "grpc-port must differ from port"),
+        ({"metrics_port": 0}, "metrics-port 0 takes 4 ports, all within 1..65535"),
+        ({"metrics_port": 65533, "dp": 2}, "metrics-port 65533 takes 5 ports"),
+        ({"metrics_port": 29998}, "ports up to 30001; port is 30000"),
+        ({"metrics_port": 30001}, "ports up to 30004; grpc-port is 30001"),
+        (
+            {
+                "tp_size": 2,
+                "nnodes": 2,
+                "node_rank": 1,
+                "nccl_init_addr": "h:1",
+                "metrics_port": 29000,
+            },
+            "metrics-port is for host 0",
+        ),
     ],
 )
 def test_what_no_service_can_work_with_is_refused_before_any_starts(

@@ -1,0 +1,1 @@
+"""All services as they are, on workers whose device is a clock."""
