@@ -3,8 +3,8 @@
     python -m bench.clocked --model-path models/builtin --max-running-requests 512 \\
         --max-total-tokens 501136 --chunked-prefill-size 4096 [other flags of rhizome serve]
 
-Steps take what `bench/simulator/device.py` says of an 8-billion-parameter model on one H100; those
-three flags are what `rhizome serve` gives itself there.
+Steps take what those of an 8-billion-parameter model take on one H100 (`bench/clocked/engine.py`);
+these three flags are what `rhizome serve` gives itself there.
 """
 
 from __future__ import annotations
