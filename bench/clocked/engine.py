@@ -16,7 +16,7 @@ from services.worker.engine import process
 from services.worker.engine.batch import StepPlan, StepResult
 
 # An 8-billion-parameter model on one H100, from bench/results/h100_8b_services.md: steps of 1 to
-# 256 rows with 512 tokens each. (The simulator's are those of an earlier engine, as its charts are.)
+# 256 rows with 512 tokens each. (The simulator has those of an earlier engine, as its charts do.)
 STEP_TIMES = StepTimes(prefill_base_ns=5.3e6, decode_base_ns=5.3e6, decode_sequence_ns=12e3)
 
 # A word of the built-in model's vocabulary.
