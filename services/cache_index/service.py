@@ -18,6 +18,7 @@ from services.cache_index.metrics import IndexCollector
 from services.cache_index.servicer import CacheIndexServicer
 from services.common.metrics import metrics_server
 from services.common.rpc import running_server
+from services.common.telemetry import running_tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,11 @@ async def running_cache_index(config: CacheIndexConfig) -> AsyncIterator[Running
     """Serve until the block ends. Raises OSError when an address cannot be bound."""
     index = PrefixIndex(config.max_pages)
     discovery = Discovery(index, config.scheduler)
-    servicer = CacheIndexServicer(index, discovery)
-    async with metrics_server(config.metrics_port, IndexCollector(index, discovery)):
+    async with (
+        metrics_server(config.metrics_port, IndexCollector(index, discovery)),
+        running_tracer(config.telemetry, "cache_index") as tracer,
+    ):
+        servicer = CacheIndexServicer(index, discovery, tracer)
         async with running_server(
             lambda server: add_CacheIndexServiceServicer_to_server(servicer, server),
             [pb.DESCRIPTOR.services_by_name["CacheIndexService"]],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,15 @@ class GatewayConfig:
     shutdown_grace_s: float = 30.0
     """Time that running requests then get to finish."""
 
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics too, which the HTTP port always does.
+    Default: none."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Die when this process, the parent, dies."""

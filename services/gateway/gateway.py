@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from services.common.metrics import process_metrics
+from services.common.metrics import process_metrics, registry_server
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
+from services.common.telemetry import running_tracer
 from services.common.tenants import TenantSet, read_tenants
 from services.gateway.app import GatewayApp
 from services.gateway.config import GatewayConfig
@@ -54,13 +55,18 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     pipeline = Pipeline(
         control, tokenizers, workers, metrics, config.max_inflight_requests, tenants
     )
-    serving = Serving(
-        pipeline,
-        KeepAlive(config.keepalive_s),
-        Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
-    )
     async with contextlib.AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(
+            running_tracer(config.telemetry, "gateway", gateway_id)
+        )
+        serving = Serving(
+            pipeline,
+            KeepAlive(config.keepalive_s),
+            Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
+            tracer,
+        )
         await stack.enter_async_context(process_metrics(metrics.registry))
+        await stack.enter_async_context(registry_server(config.metrics_port, metrics.registry))
         await stack.enter_async_context(control.following())
         await stack.enter_async_context(tokenizers.following())
         if config.redis_url is not None:

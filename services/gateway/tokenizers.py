@@ -31,6 +31,7 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
 from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
 from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
+from services.common.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,11 @@ class TokenizerPool:
         return None if replica is None else replica.info
 
     async def tokenize(
-        self, inputs: Sequence[TokenizeInput], namespace: str, page_size: int
+        self,
+        inputs: Sequence[TokenizeInput],
+        namespace: str,
+        page_size: int,
+        traceparent: str = "",
     ) -> Sequence[TokenizedInput]:
         """Encode and hash.
 
@@ -175,8 +180,11 @@ class TokenizerPool:
                 f"the prompt is too long: the request has {num_bytes} bytes of text, more than "
                 f"{MAX_MESSAGE_BYTES}"
             )
+        metadata = ((TRACEPARENT, traceparent),) if traceparent else None
         response = await self._on_any(
-            lambda replica: replica.stub.Tokenize(request, timeout=_CALL_TIMEOUT_S)
+            lambda replica: replica.stub.Tokenize(
+                request, timeout=_CALL_TIMEOUT_S, metadata=metadata
+            )
         )
         return response.results
 

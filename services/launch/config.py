@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from services.common.engine_flags import EngineFlags
 from services.common.policies import PolicyName
+from services.common.telemetry import TelemetryFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,9 @@ class ServeConfig(EngineFlags):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     def __post_init__(self) -> None:
         if self.dp < 1:

@@ -36,7 +36,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     if command == "serve":
         config = parse_config(ServeConfig, "serve", arguments, program="rhizome serve")
-        configure_logging("launch", config.log_level)
+        configure_logging("launch", config.log_level, config.telemetry.log_format)
         try:
             run(serve(config))
         except ServiceGaveUpError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from services.common.engine_flags import EngineFlags
+from services.common.telemetry import telemetry_arguments
 from services.launch.config import ServeConfig
 
 # Time that running requests get to finish after SIGTERM.
@@ -40,7 +41,10 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     def service(
         name: str, module: str, listen: str, arguments: tuple[str, ...], grace_s: float
     ) -> ServiceSpec:
-        common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
+        common = (
+            *("--log-level", config.log_level, "--parent-pid", str(parent_pid)),
+            *telemetry_arguments(config.telemetry),
+        )
         argv = (sys.executable, "-m", f"services.{module}", *common, *arguments)
         return ServiceSpec(name=name, argv=argv, health_target=listen, grace_s=grace_s)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from services.common.policies import PolicyName
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
     DEFAULT_PREFIX_WEIGHT,
@@ -81,6 +84,9 @@ class SchedulerConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Exit when this process, the parent, does."""

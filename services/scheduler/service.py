@@ -15,6 +15,8 @@ from grpc import aio
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
 from services.common.rpc import RunningServer, open_channel, running_server
 from services.common.shared_store import SharedStore
+from services.common.spans import Tracer
+from services.common.telemetry import running_tracer
 from services.common.tenants import read_tenants
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.endpoints import WorkerTable
@@ -52,11 +54,14 @@ async def running_scheduler(
     pools = PoolSet(read_declarations(config.pools) if config.pools is not None else ())
     metrics = SchedulerMetrics()
     channel = open_channel(config.cache_index) if config.cache_index is not None else None
-    async with index_client(channel, metrics, match_deadline_s) as index:
+    async with (
+        index_client(channel, metrics, match_deadline_s) as index,
+        running_tracer(config.telemetry, "scheduler") as tracer,
+    ):
         table = WorkerTable(config.lease_s)
         watch = TableWatch(table, pools)
         table.on_change = watch.notify
-        placer, servicer = _assemble(config, pools, table, watch, metrics, index)
+        placer, servicer = _assemble(config, pools, table, watch, metrics, index, tracer)
 
         def add(server: aio.Server) -> None:
             pb_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
@@ -80,6 +85,7 @@ def _assemble(
     watch: TableWatch,
     metrics: SchedulerMetrics,
     index: IndexClient | None,
+    tracer: Tracer,
 ) -> tuple[Placer, SchedulerServicer]:
     rng = random.Random()
     clock = time.monotonic
@@ -105,7 +111,9 @@ def _assemble(
         tenants=read_tenants(config.tenants) if config.tenants is not None else None,
         worker_wait_s=config.worker_wait_s,
     )
-    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)
+    servicer = SchedulerServicer(
+        placer, table, pools, watch, metrics, index, config.lease_s, tracer
+    )
     return placer, servicer
 
 

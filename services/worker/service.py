@@ -15,6 +15,7 @@ from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc 
 from services.common.errors import UnavailableError
 from services.common.metrics import metrics_server
 from services.common.rpc import RunningServer, running_server
+from services.common.telemetry import TelemetryFlags, running_tracer
 from services.worker.engine_link import EngineLink
 from services.worker.metrics import WorkerCollector
 from services.worker.registration import Registration, describe
@@ -43,6 +44,7 @@ class ServiceOptions:
     # None means: none are served.
     metrics_port: int | None = None
     times: SessionTimes = field(default_factory=SessionTimes)
+    telemetry: TelemetryFlags = TelemetryFlags()
 
 
 class RunningWorker:
@@ -73,16 +75,24 @@ class RunningWorker:
 @contextlib.asynccontextmanager
 async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIterator[RunningWorker]:
     """Serve the engine behind `link` until the block ends."""
-    replica = Replica(options.identity, link, max_queued_requests=options.max_queued_requests)
-    sessions = SessionTable(
-        replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
-    )
-    servicer = WorkerServicer(replica, sessions)
-
-    def add(server: aio.Server) -> None:
-        pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-
     async with contextlib.AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(
+            running_tracer(options.telemetry, "worker", options.identity.worker_id)
+        )
+        replica = Replica(
+            options.identity,
+            link,
+            max_queued_requests=options.max_queued_requests,
+            tracer=tracer,
+        )
+        sessions = SessionTable(
+            replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
+        )
+        servicer = WorkerServicer(replica, sessions)
+
+        def add(server: aio.Server) -> None:
+            pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+
         await stack.enter_async_context(
             metrics_server(options.metrics_port, WorkerCollector(replica))
         )

@@ -1,0 +1,86 @@
+"""A sequence's spans, made at its end from what the engine says of its times.
+
+The engine knows nothing of traces, and nothing is recorded while a sequence runs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from services.common.spans import Span, SpanKind
+from services.worker.engine.messages import Admission, Finish, Request, SequenceError
+
+SEQUENCE = "rhizome.worker.v1.WorkerService/Generate"
+
+
+@dataclass(slots=True)
+class SequenceTrace:
+    """The span of a sequence that is recorded, while it runs. `end` is called once."""
+
+    span: Span
+    request: Request
+
+    def end(self, end: Finish | SequenceError, admission: Admission | None) -> None:
+        """Export the whole and its phases, as far as it came."""
+        request = self.request
+        # Both clocks are of this host; the engine tells the monotonic time.
+        to_unix = time.time_ns() - time.monotonic_ns()
+        ended_ns = time.time_ns()
+        self.span.set(
+            request_id=request.request_id,
+            choice_index=request.choice_index,
+            num_prompt_tokens=request.prompt_len,
+            num_resumed_tokens=len(request.token_ids) - request.prompt_len or None,
+        )
+        arrived_ns = request.arrival_ns + to_unix
+        if isinstance(end, SequenceError):
+            self.span.fail(RuntimeError(end.message))
+            self.span.set(code=end.code)
+            admitted_ns = ended_ns if admission is None else arrived_ns + admission.queue_ns
+            self._phase("queue", arrived_ns, admitted_ns)
+        else:
+            self._end_well(end, arrived_ns, ended_ns, to_unix)
+        self.span.end(ended_ns)
+
+    def _end_well(self, finish: Finish, arrived_ns: int, ended_ns: int, to_unix: int) -> None:
+        self.span.set(
+            finish_reason=finish.reason,
+            num_output_tokens=finish.num_output_tokens,
+            cached_tokens=finish.cached_tokens,
+            num_preemptions=finish.num_preemptions,
+        )
+        admitted_ns = arrived_ns + finish.queue_ns
+        prefilled_ns = admitted_ns + finish.prefill_ns
+        done_ns = prefilled_ns + finish.decode_ns
+        self._phase("queue", arrived_ns, admitted_ns)
+        if not finish.prefill_ns:
+            # It was cancelled while it waited, or had all of its tokens when it came.
+            return
+        preempted = [at + to_unix for at in finish.preempted_ns]
+        self._phase(
+            "prefill",
+            admitted_ns,
+            prefilled_ns,
+            [at for at in preempted if at < prefilled_ns],
+            first_token=bool(finish.decode_ns),
+        )
+        if finish.decode_ns:
+            late = [at for at in preempted if at >= prefilled_ns]
+            self._phase("decode", prefilled_ns, min(done_ns, ended_ns), late)
+
+    def _phase(
+        self,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        preempted_ns: list[int] | None = None,
+        *,
+        first_token: bool = False,
+    ) -> None:
+        span = self.span.child(name, SpanKind.INTERNAL, start_ns)
+        for at in preempted_ns or ():
+            span.add_event("preempted", at)
+        if first_token:
+            span.add_event("first_token", end_ns)
+        span.end(end_ns)
