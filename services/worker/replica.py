@@ -41,7 +41,7 @@ from services.worker.engine.messages import (
 from services.worker.engine_link import EngineLink
 from services.worker.outputs import NOBODY, OutputLog, OutputRouter, Sink
 from services.worker.reservations import ReservationBook
-from services.worker.spans import SEQUENCE, SequenceTrace
+from services.worker.spans import begin_sequence
 from services.worker.step_totals import StepTotals
 
 logger = logging.getLogger(__name__)
@@ -195,9 +195,7 @@ class Replica:
             raise
         log = OutputLog(handle, sink, request)
         self.router.add(log)
-        span = self._tracer.begin(SEQUENCE, submit.traceparent)
-        if span.is_recording:
-            log.trace = SequenceTrace(span, request)
+        log.trace = begin_sequence(self._tracer, submit.traceparent, request)
         self._link.send(request)
         return log
 

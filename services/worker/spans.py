@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from services.common.spans import Span, SpanKind
+from services.common.spans import Span, SpanKind, Tracer
 from services.worker.engine.messages import Admission, Finish, Request, SequenceError
 
-SEQUENCE = "rhizome.worker.v1.WorkerService/Generate"
+_SEQUENCE = "rhizome.worker.v1.WorkerService/Generate"
 
 
 @dataclass(slots=True)
@@ -20,30 +20,30 @@ class SequenceTrace:
 
     span: Span
     request: Request
+    # From the engine's clock, which is this host's monotonic one, to Unix time.
+    to_unix_ns: int
 
     def end(self, end: Finish | SequenceError, admission: Admission | None) -> None:
         """Export the whole and its phases, as far as it came."""
         request = self.request
-        # Both clocks are of this host; the engine tells the monotonic time.
-        to_unix = time.time_ns() - time.monotonic_ns()
-        ended_ns = time.time_ns()
+        ended_ns = time.monotonic_ns() + self.to_unix_ns
         self.span.set(
             request_id=request.request_id,
             choice_index=request.choice_index,
             num_prompt_tokens=request.prompt_len,
             num_resumed_tokens=len(request.token_ids) - request.prompt_len or None,
         )
-        arrived_ns = request.arrival_ns + to_unix
+        arrived_ns = request.arrival_ns + self.to_unix_ns
         if isinstance(end, SequenceError):
             self.span.fail(RuntimeError(end.message))
             self.span.set(code=end.code)
             admitted_ns = ended_ns if admission is None else arrived_ns + admission.queue_ns
             self._phase("queue", arrived_ns, admitted_ns)
         else:
-            self._end_well(end, arrived_ns, ended_ns, to_unix)
+            self._end_well(end, arrived_ns, ended_ns)
         self.span.end(ended_ns)
 
-    def _end_well(self, finish: Finish, arrived_ns: int, ended_ns: int, to_unix: int) -> None:
+    def _end_well(self, finish: Finish, arrived_ns: int, ended_ns: int) -> None:
         self.span.set(
             finish_reason=finish.reason,
             num_output_tokens=finish.num_output_tokens,
@@ -57,7 +57,7 @@ class SequenceTrace:
         if not finish.prefill_ns:
             # It was cancelled while it waited, or had all of its tokens when it came.
             return
-        preempted = [at + to_unix for at in finish.preempted_ns]
+        preempted = [at + self.to_unix_ns for at in finish.preempted_ns]
         self._phase(
             "prefill",
             admitted_ns,
@@ -84,3 +84,12 @@ class SequenceTrace:
         if first_token:
             span.add_event("first_token", end_ns)
         span.end(end_ns)
+
+
+def begin_sequence(tracer: Tracer, traceparent: str, request: Request) -> SequenceTrace | None:
+    """Its trace from its arrival on; None where it is not recorded."""
+    if not tracer.is_on:
+        return None
+    to_unix_ns = time.time_ns() - time.monotonic_ns()
+    span = tracer.begin(_SEQUENCE, traceparent, start_ns=request.arrival_ns + to_unix_ns)
+    return SequenceTrace(span, request, to_unix_ns) if span.is_recording else None

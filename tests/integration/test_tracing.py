@@ -182,7 +182,7 @@ def _check_times(spans: list[CollectedSpan], root: CollectedSpan) -> None:
     assert all(span.start_ns <= span.end_ns for span in spans)
     sequence = one(spans, GENERATE)
     queue, prefill, decode = (one(spans, name) for name in ("queue", "prefill", "decode"))
-    assert sequence.start_ns <= queue.end_ns == prefill.start_ns
+    assert sequence.start_ns == queue.start_ns <= queue.end_ns == prefill.start_ns
     assert prefill.end_ns == decode.start_ns <= decode.end_ns <= sequence.end_ns
     # By the clock of one host, and by rounding of floats in between.
     assert root.start_ns - 1_000_000 <= sequence.start_ns
