@@ -264,10 +264,12 @@ class Tracer:
             start_ns,
         )
 
-    def begin_call(self, name: str, context: Any) -> Span:
-        """The same of a gRPC call, by its metadata."""
+    def begin_call(self, name: str, context: Any, traceparent: str = "") -> Span:
+        """The same of a gRPC call: by what its request says, else by its metadata."""
         if self._sink is None:
             return NO_SPAN
+        if traceparent:
+            return self.begin(name, traceparent)
         return self.begin(name, *from_metadata(context.invocation_metadata()))
 
     def decline(self) -> Span:

@@ -31,7 +31,6 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
 from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
 from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
-from services.common.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -173,18 +172,18 @@ class TokenizerPool:
         Raises InvalidRequestError for what a template refuses, and for prompts that are too long
         for a message.
         """
-        request = TokenizeRequest(inputs=inputs, namespace=namespace, page_size=page_size)
+        # In metadata the context would cost ten times as much.
+        request = TokenizeRequest(
+            inputs=inputs, namespace=namespace, page_size=page_size, traceparent=traceparent
+        )
         num_bytes = request.ByteSize()
         if num_bytes > MAX_MESSAGE_BYTES:
             raise InvalidRequestError(
                 f"the prompt is too long: the request has {num_bytes} bytes of text, more than "
                 f"{MAX_MESSAGE_BYTES}"
             )
-        metadata = ((TRACEPARENT, traceparent),) if traceparent else None
         response = await self._on_any(
-            lambda replica: replica.stub.Tokenize(
-                request, timeout=_CALL_TIMEOUT_S, metadata=metadata
-            )
+            lambda replica: replica.stub.Tokenize(request, timeout=_CALL_TIMEOUT_S)
         )
         return response.results
 

@@ -70,7 +70,10 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        with self._tracer.begin_call(_TOKENIZE, context) as span, self._metrics.call("tokenize"):
+        with (
+            self._tracer.begin_call(_TOKENIZE, context, request.traceparent) as span,
+            self._metrics.call("tokenize"),
+        ):
             if request.ByteSize() <= _SHORT_BYTES:
                 response = tokenize(self._parts, request)
             else:

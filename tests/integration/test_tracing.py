@@ -70,13 +70,31 @@ def chat(cluster: Cluster, headers: dict[str, str], **more: object) -> httpx.Res
     return response
 
 
-def ended(num_sequences: int = 1) -> Callable[[list[CollectedSpan]], bool]:
-    """The gateway's span of the request has come, and as many of workers."""
+def traced(
+    collector: OtlpCollector, send: Callable[[dict[str, str]], object], num_sequences: int = 1
+) -> list[CollectedSpan]:
+    """All spans of what `send` asks with these headers, which the index was asked about, too.
+
+    On a busy machine it may not have answered in time lately, and is left alone for a while.
+    """
+    for _ in range(20):
+        trace_id = secrets.token_hex(16)
+        send({"traceparent": traceparent(trace_id), "tracestate": "vendor=1"})
+        spans = collector.trace(trace_id, ended(num_sequences, "match"))
+        if not one(spans, "match").attributes["rhizome.is_skipped"]:
+            return collector.trace(trace_id, ended(num_sequences, "match", MATCH))
+        time.sleep(0.5)
+    raise TimeoutError("the scheduler never asks the index")
+
+
+def ended(num_sequences: int, *more: str) -> Callable[[list[CollectedSpan]], bool]:
+    """Every service has sent its spans of a request with so many choices that went well."""
+    wanted = {"tokenize", TOKENIZE, "schedule", SCHEDULE, "attempt", "decode", *more}
 
     def is_whole(spans: list[CollectedSpan]) -> bool:
         names = [span.name for span in spans]
-        has_gateways = "attempt" in names and any(name.startswith("POST") for name in names)
-        return has_gateways and names.count(GENERATE) >= num_sequences and MATCH in names
+        has_root = any(name.startswith("POST") for name in names)
+        return has_root and wanted <= set(names) and names.count(GENERATE) >= num_sequences
 
     return is_whole
 
@@ -89,10 +107,9 @@ def one(spans: list[CollectedSpan], name: str) -> CollectedSpan:
 def test_a_chat_is_one_connected_trace_from_http_to_the_engine(
     cluster: Cluster, collector: OtlpCollector
 ) -> None:
-    trace_id = secrets.token_hex(16)
-    headers = {"traceparent": traceparent(trace_id), "tracestate": "vendor=1"}
-    usage = chat(cluster, headers).json()["usage"]
-    spans = collector.trace(trace_id, ended())
+    answers: list[httpx.Response] = []
+    spans = traced(collector, lambda headers: answers.append(chat(cluster, headers)))
+    usage = answers[-1].json()["usage"]
 
     parents = {span.name: next((p.name for p in spans if p.span_id == span.parent_id), None)
                for span in spans}  # fmt: skip
@@ -150,7 +167,7 @@ def _check_root(root: CollectedSpan, usage: dict[str, Any]) -> None:
         "gen_ai.request.top_p": 0.9,
         "gen_ai.usage.input_tokens": usage["prompt_tokens"],
         "gen_ai.usage.output_tokens": 8,
-        "gen_ai.usage.cache_read.input_tokens": 0,
+        "gen_ai.usage.cache_read.input_tokens": usage["prompt_tokens_details"]["cached_tokens"],
         "gen_ai.response.finish_reasons": ["length"],
     }
     assert [name for name, _, _ in root.events] == ["first_token"]
@@ -164,9 +181,9 @@ def _check_services(spans: list[CollectedSpan], usage: dict[str, Any]) -> None:
         "rhizome.num_prompts": 1,
         "rhizome.num_prompt_tokens": usage["prompt_tokens"],
     }
-    assert scheduled["rhizome.policy"] == "prefix_load/cold"
+    assert scheduled["rhizome.policy"].startswith("prefix_load/")
     assert scheduled["rhizome.num_candidates"] == 2
-    assert scheduled["rhizome.predicted_cached_tokens"] == 0
+    assert 0 <= scheduled["rhizome.predicted_cached_tokens"] < usage["prompt_tokens"]
     assert scheduled["rhizome.queue_s"] >= 0
     assert scheduled["rhizome.worker_id"] == attempt["rhizome.worker_id"]
     assert one(spans, MATCH).attributes["rhizome.num_pages"] == usage["prompt_tokens"] // 16
@@ -192,10 +209,8 @@ def _check_times(spans: list[CollectedSpan], root: CollectedSpan) -> None:
 def test_choices_share_an_attempt_and_a_cached_prompt_shows(
     cluster: Cluster, collector: OtlpCollector
 ) -> None:
-    trace_id = secrets.token_hex(16)
     chat(cluster, {})
-    chat(cluster, {"traceparent": traceparent(trace_id)}, n=3)
-    spans = collector.trace(trace_id, ended(3))
+    spans = traced(collector, lambda headers: chat(cluster, headers, n=3), 3)
     attempt = one(spans, "attempt")
     sequences = [span for span in spans if span.name == GENERATE]
     assert {span.parent_id for span in sequences} == {attempt.span_id}
@@ -231,7 +246,7 @@ def test_a_request_that_moves_to_another_worker_stays_one_trace(
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""]
     try:
-        spans = collector.trace(trace_id, ended())
+        spans = collector.trace(trace_id, ended(1))
         _check_migration(spans, victim.replace("orker-", ""))
         record = next(
             fields
@@ -255,7 +270,7 @@ def _check_migration(spans: list[CollectedSpan], victim: str) -> None:
     assert second.attributes["rhizome.worker_id"] != victim
     assert second.failure is None
     assert [name for name, _, _ in root.events] == ["migration", "first_token"]
-    assert len([span for span in spans if span.name == SCHEDULE]) == 2
+    assert len([span for span in spans if span.name == "schedule"]) == 2
     sequence = one(spans, GENERATE)
     assert sequence.parent_id == second.span_id
     assert sequence.attributes["rhizome.num_resumed_tokens"] > 0
@@ -274,7 +289,9 @@ def test_the_grpc_api_continues_its_callers_trace(
         metadata = (("traceparent", traceparent(trace_id)),)
         list(InferenceServiceStub(channel).Generate(request, metadata=metadata, timeout=60))
     name = "rhizome.inference.v1.InferenceService/Generate"
-    spans = collector.trace(trace_id, lambda spans: {name, GENERATE} <= {s.name for s in spans})
+    spans = collector.trace(
+        trace_id, lambda spans: {name, GENERATE, "attempt"} <= {s.name for s in spans}
+    )
     root = one(spans, name)
     assert root.parent_id == "b7ad6b7169203331"
     assert root.attributes["rpc.system"] == "grpc"
@@ -303,7 +320,7 @@ def test_what_is_not_sampled_leaves_nothing(cluster: Cluster, collector: OtlpCol
     httpx.get(f"{cluster.urls[0]}/health_generate", timeout=60)
     chat(cluster, {"traceparent": traceparent(wanted)})
     # Exports of all services come after each other, so what came before it is here.
-    collector.trace(wanted, ended())
+    collector.trace(wanted, ended(1))
     time.sleep(1.5)
     assert {span.trace_id for span in collector.spans} - before == {wanted}
 

@@ -91,9 +91,7 @@ class ScheduleRequest(_message.Message):
     and gets a worker where no other such request is.
     """
     traceparent: _builtins.str
-    """W3C trace context; empty means none. Schedule takes it from the call's
-    metadata, too.
-    """
+    """W3C trace context; empty means none, or that of Schedule's metadata."""
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Chained hashes of the prompt's full pages."""
