@@ -78,7 +78,7 @@ if [[ -n ${SGLANG_MODEL_PATH:-} ]] && ! has_flag --model-path && ! has_flag --mo
     command+=(--model-path "$SGLANG_MODEL_PATH")
 fi
 
-if [[ $mode == server || $node_rank -gt 0 ]]; then
+if [[ $mode == server ]]; then
     command=(serve "${command[@]}" ${flags[@]+"${flags[@]}"})
 else
     has_flag --perf-csv || command+=(--perf-csv perf.csv)

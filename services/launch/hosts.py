@@ -55,12 +55,17 @@ def lifetime_shown(address: str) -> contextlib.AbstractAsyncContextManager[Runni
     return running_server(lambda server: None, [], address)
 
 
-async def until_node_0_ends(target: str) -> None:
+async def until_node_0_ends(
+    target: str,
+    *,
+    first_contact_s: float = _FIRST_CONTACT_S,
+    lost_after_s: float = _LOST_AFTER_S,
+) -> None:
     """Return once host 0 has said that it ends.
 
     Raises HostUnreachableError when it goes without a word, or is never heard of.
     """
-    deadline = time.monotonic() + _FIRST_CONTACT_S
+    deadline = time.monotonic() + first_contact_s
     async with open_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline:
@@ -71,6 +76,6 @@ async def until_node_0_ends(target: str) -> None:
                         return
                     was_heard = True
             if was_heard:
-                deadline = time.monotonic() + _LOST_AFTER_S
+                deadline = time.monotonic() + lost_after_s
             await asyncio.sleep(_RETRY_S)
     raise HostUnreachableError(f"host 0 does not answer at {target}")

@@ -63,6 +63,6 @@ def _offline(arguments: list[str]) -> None:
         sys.exit(2)
     configure_logging("launch", config.log_level)
     try:
-        run(offline(config, bench_flags))
+        run(offline(config, bench_flags) if config.node_rank == 0 else serve(config))
     except (ServiceGaveUpError, HostUnreachableError, BenchFailedError) as error:
         sys.exit(f"rhizome offline: {error}")
