@@ -17,7 +17,7 @@ die() {
 
 # A whole number within bounds, for what arithmetic and flags are made of.
 require_number() { # name value least greatest
-    if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
+    if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
         die "$1 must be a number within $3..$4, got '$2'"
     fi
 }

@@ -246,6 +246,7 @@ def write_program(path: Path, text: str) -> None:
     [
         ({"SGLANG_EXECUTION_MODE": "batch"}, (), "SGLANG_EXECUTION_MODE must be server or offline"),
         ({"NNODES": "two"}, (), "NNODES must be a number"),
+        ({"NNODES": "08"}, (), "NNODES must be a number"),
         ({"NNODES": 2, "NODE_RANK": 2}, (), "NODE_RANK must be a number within 0..1"),
         ({"MASTER_PORT": 70000}, (), "MASTER_PORT must be a number within 1..65535"),
         ({"SGLANG_TENSOR_PARALLEL_SIZE": 2}, (), "SGLANG_TENSOR_PARALLEL_SIZE is 2"),
