@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from services.common.logs import LogFormat
-from services.common.spans import NO_TRACER, RecordedSpan, SpanKind, Tracer
+from services.common.spans import NO_TRACER, AttributeValue, RecordedSpan, SpanKind, Tracer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -33,6 +33,8 @@ _SCHEMES = ("http", "https")
 _MAX_BATCH_SPANS = 128
 _MAX_QUEUED_SPANS = 4096
 _BATCH_INTERVAL_MS = 1000
+# Longest text of an attribute or a failure, in characters.
+_MAX_TEXT = 1024
 # How long the last spans may take to leave when the service ends.
 _FLUSH_S = 2.0
 
@@ -130,8 +132,9 @@ def _shut_down(processor: "BatchSpanProcessor", exporter: "SpanExporter") -> Non
     ending.start()
     ending.join(_FLUSH_S)
     if ending.is_alive():
-        # Ends the try under way.
+        # Ends the try under way, of which the log is told then.
         exporter.shutdown()
+        ending.join(_FLUSH_S)
 
 
 def _quiet(exporter: "SpanExporter", endpoint: str) -> "SpanExporter":
@@ -196,15 +199,16 @@ class _Conversion:
             )
         status = trace.Status(trace.StatusCode.UNSET)
         if span.error_type:
-            status = trace.Status(trace.StatusCode.ERROR, span.failure)
+            status = trace.Status(trace.StatusCode.ERROR, span.failure[:_MAX_TEXT])
         converted: ReadableSpan = sdk.ReadableSpan(
             span.name,
             context=context,
             parent=parent,
             resource=self._resource,
-            attributes=span.attributes,
+            attributes=_bounded(span.attributes),
             events=[
-                sdk.Event(event.name, event.attributes, event.time_ns) for event in span.events
+                sdk.Event(event.name, _bounded(event.attributes), event.time_ns)
+                for event in span.events
             ],
             kind=self._kinds[span.kind],
             status=status,
@@ -213,6 +217,14 @@ class _Conversion:
             instrumentation_scope=self._scope,
         )
         return converted
+
+
+def _bounded(attributes: dict[str, AttributeValue]) -> dict[str, AttributeValue]:
+    """Clients write some of the texts."""
+    return {
+        name: value[:_MAX_TEXT] if isinstance(value, str) else value
+        for name, value in attributes.items()
+    }
 
 
 def _version() -> str:
