@@ -1,11 +1,12 @@
 """What tracing costs the gateway: CPU time a request with an exporter, against tracing off.
 
     python -m bench.tracing_cost [--rounds 10] [--seconds 4] [--streams 32] [--tokens 1 64]
+        [--before CHECKOUT]
 
 Three gateways share a tokenizer, a scheduler and a mock worker: one without tracing, one that
 records 1 % of its requests and one that records all, both exporting to an OTLP server in this
 process. They are driven in turn, in slices of some seconds, so that what else the machine does
-falls on all alike; a figure is the median over the rounds of user and system time a request, and of
+falls on all alike; a fourth is that of another checkout, where one is given. A figure is the median over the rounds of user and system time a request, and of
 each slice's difference from its round's slice without tracing. Prints one JSON object.
 """
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -32,6 +34,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from bench.gateway_stream import MODEL, ROOT, TEXT, free_port, stop, wait_healthy
 
 _OFF = "off"
+_BEFORE = "before"
 # Flags of the gateways that trace.
 _RATIOS = {"1 %": "0.01", "all": "1"}
 _WARM_UP_S = 2.0
@@ -59,8 +62,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--before", type=Path, help="a checkout whose gateway is compared, too")
     args = parser.parse_args()
-    with _sink() as (sink, endpoint), _system(args.step_ms, endpoint) as gateways:
+    with _sink() as (sink, endpoint), _system(args.step_ms, endpoint, args.before) as gateways:
         for _, port in gateways.values():
             _drive(port, args.streams, args.tokens[0], _WARM_UP_S)
         results = {f"{tokens} tokens": _compare(gateways, args, tokens) for tokens in args.tokens}
@@ -86,7 +90,9 @@ def _compare(gateways: Gateways, args: argparse.Namespace, tokens: int) -> dict[
         rounds.append({name: _slice(*gateways[name], args, tokens) for name in names})
     us = {name: [one[name]["us"] for one in rounds] for name in gateways}
     per_cent = {
-        name: [100 * (one[name]["us"] / one[_OFF]["us"] - 1) for one in rounds] for name in _RATIOS
+        name: [100 * (one[name]["us"] / one[_OFF]["us"] - 1) for one in rounds]
+        for name in gateways
+        if name != _OFF
     }
     return {
         "us_per_request": {name: _spread(values) for name, values in us.items()},
@@ -134,14 +140,14 @@ def _sink() -> Iterator[tuple[Sink, str]]:
 
 
 @contextlib.contextmanager
-def _system(step_ms: float, endpoint: str) -> Iterator[Gateways]:
+def _system(step_ms: float, endpoint: str, before: Path | None) -> Iterator[Gateways]:
     """The processes and HTTP ports of the gateways, by what they record."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
 
-        def start(name: str, module: str, *flags: str) -> psutil.Process:
+        def start(name: str, module: str, *flags: str, cwd: Path = ROOT) -> psutil.Process:
             log = stack.enter_context(open(f"{directory}/{name}.log", "wb"))
             command = [sys.executable, "-m", module, *flags, "--parent-pid", str(os.getpid())]
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
             stack.callback(stop, process)
             return psutil.Process(process.pid)
 
@@ -157,15 +163,17 @@ def _system(step_ms: float, endpoint: str) -> Iterator[Gateways]:
             *("--model-path", str(MODEL), "--text", TEXT, "--step-ms", str(step_ms)),
         )
         gateways: Gateways = {}
-        for name, ratio in {_OFF: "", **_RATIOS}.items():
+        ratios = {_OFF: "", **_RATIOS} | ({} if before is None else {_BEFORE: ""})
+        for name, ratio in ratios.items():
             port = free_port()
             traced = ("--otlp-traces-endpoint", endpoint, "--trace-sample-ratio", ratio)
             process = start(
-                f"gateway-{name[0]}",
+                f"gateway-{ratio or name}",
                 "services.gateway",
-                *("--port", str(port), "--grpc-listen", address(f"grpc-{name[0]}")),
+                *("--port", str(port), "--grpc-listen", address(f"grpc-{ratio or name}")),
                 *("--schedulers", address("scheduler"), "--tokenizers", address("tokenizer")),
                 *("--log-level", "warning", *(traced if ratio else ())),
+                cwd=before if before is not None and name == _BEFORE else ROOT,
             )
             wait_healthy(port, directory)
             gateways[name] = (process, port)

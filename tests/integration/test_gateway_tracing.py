@@ -6,7 +6,7 @@ import httpx
 
 from services.common.telemetry import TelemetryFlags
 from tests.e2e.system import free_port
-from tests.fakes.gateway_stack import gateway_stack
+from tests.fakes.gateway_stack import gateway_stack, until
 from tests.fakes.otlp_collector import running_collector
 
 BODY = {"model": "default", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -58,6 +58,33 @@ async def test_several_prompts_are_one_request() -> None:
     assert len(root.attributes["gen_ai.response.finish_reasons"]) == 2
     assert len([span for span in collector.spans if span.name == "attempt"]) == 2
     assert len([span for span in collector.spans if span.name == "tokenize"]) == 1
+
+
+async def test_a_session_that_was_resumed_shows_on_its_attempt() -> None:
+    with running_collector() as collector:
+        async with gateway_stack(telemetry=telemetry(collector.endpoint, 1.0)) as stack:
+            stack.workers[0].break_at = 3
+            async with httpx.AsyncClient(base_url=stack.url) as http:
+                response = await http.post("/v1/chat/completions", json=BODY)
+                assert response.status_code == 200
+    (attempt,) = [span for span in collector.spans if span.name == "attempt"]
+    assert [name for name, _, _ in attempt.events] == ["session_broken", "session_resumed"]
+    assert attempt.failure is None
+
+
+async def test_a_client_that_leaves_ends_its_trace() -> None:
+    body = BODY | {"stream": True, "max_tokens": 1000, "ignore_eos": True}
+    with running_collector() as collector:
+        async with gateway_stack(telemetry=telemetry(collector.endpoint, 1.0)) as stack:
+            async with httpx.AsyncClient(base_url=stack.url) as http:
+                async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+                    await anext(response.aiter_lines())
+            await until(lambda: not stack.pipeline.inflight.num_prompts)
+    spans = {span.name: span for span in collector.spans}
+    assert spans["attempt"].attributes["error.type"] == "CANCELLED"
+    root = spans["POST /v1/chat/completions"]
+    assert root.attributes["http.response.status_code"] == 499
+    assert "gen_ai.response.finish_reasons" not in root.attributes
 
 
 async def test_a_server_that_cannot_serve_fails_the_span() -> None:
