@@ -1,13 +1,13 @@
 """What tracing costs the gateway: CPU time a request with an exporter, against tracing off.
 
-    python -m bench.tracing_cost [--rounds 10] [--seconds 4] [--streams 32] [--tokens 1 64]
-        [--before CHECKOUT]
+    python -m bench.tracing_cost [--ratios 0.01 1] [--rounds 10] [--seconds 4] [--streams 32]
+        [--tokens 1 64] [--before CHECKOUT]
 
-Three gateways share a tokenizer, a scheduler and a mock worker: one without tracing, one that
-records 1 % of its requests and one that records all, both exporting to an OTLP server in this
-process. They are driven in turn, in slices of some seconds, so that what else the machine does
-falls on all alike; a fourth is that of another checkout, where one is given. A figure is the median over the rounds of user and system time a request, and of
-each slice's difference from its round's slice without tracing. Prints one JSON object.
+Gateways share a tokenizer, a scheduler and a mock worker: one without tracing, one for each ratio
+of recorded requests, which exports to an OTLP server in this process, and one of another checkout,
+where that is given. They are driven in turn, in slices of some seconds, so that what else the
+machine does falls on all alike. A figure is the median over the rounds of user and system time a
+request, and of each slice's difference from its round's slice without tracing. Prints JSON.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from bench.gateway_stream import MODEL, ROOT, TEXT, free_port, stop, wait_health
 
 _OFF = "off"
 _BEFORE = "before"
-# Flags of the gateways that trace.
-_RATIOS = {"1 %": "0.01", "all": "1"}
 _WARM_UP_S = 2.0
 
 
@@ -57,6 +55,7 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratios", nargs="+", default=["0.01", "1"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--streams", type=int, default=32)
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--before", type=Path, help="a checkout whose gateway is compared, too")
     args = parser.parse_args()
-    with _sink() as (sink, endpoint), _system(args.step_ms, endpoint, args.before) as gateways:
+    with _sink() as (sink, endpoint), _system(args, endpoint) as gateways:
         for _, port in gateways.values():
             _drive(port, args.streams, args.tokens[0], _WARM_UP_S)
         results = {f"{tokens} tokens": _compare(gateways, args, tokens) for tokens in args.tokens}
@@ -140,7 +139,7 @@ def _sink() -> Iterator[tuple[Sink, str]]:
 
 
 @contextlib.contextmanager
-def _system(step_ms: float, endpoint: str, before: Path | None) -> Iterator[Gateways]:
+def _system(args: argparse.Namespace, endpoint: str) -> Iterator[Gateways]:
     """The processes and HTTP ports of the gateways, by what they record."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
 
@@ -160,20 +159,19 @@ def _system(step_ms: float, endpoint: str, before: Path | None) -> Iterator[Gate
             "worker",
             "tests.fakes.mock_worker",
             *("--listen", address("worker"), "--scheduler", address("scheduler")),
-            *("--model-path", str(MODEL), "--text", TEXT, "--step-ms", str(step_ms)),
+            *("--model-path", str(MODEL), "--text", TEXT, "--step-ms", str(args.step_ms)),
         )
         gateways: Gateways = {}
-        ratios = {_OFF: "", **_RATIOS} | ({} if before is None else {_BEFORE: ""})
-        for name, ratio in ratios.items():
+        for name in (_OFF, *args.ratios, *(() if args.before is None else (_BEFORE,))):
             port = free_port()
-            traced = ("--otlp-traces-endpoint", endpoint, "--trace-sample-ratio", ratio)
+            traced = ("--otlp-traces-endpoint", endpoint, "--trace-sample-ratio", name)
             process = start(
-                f"gateway-{ratio or name}",
+                f"gateway-{name}",
                 "services.gateway",
-                *("--port", str(port), "--grpc-listen", address(f"grpc-{ratio or name}")),
+                *("--port", str(port), "--grpc-listen", address(f"grpc-{name}")),
                 *("--schedulers", address("scheduler"), "--tokenizers", address("tokenizer")),
-                *("--log-level", "warning", *(traced if ratio else ())),
-                cwd=before if before is not None and name == _BEFORE else ROOT,
+                *("--log-level", "warning", *(traced if name in args.ratios else ())),
+                cwd=args.before if name == _BEFORE else ROOT,
             )
             wait_healthy(port, directory)
             gateways[name] = (process, port)

@@ -31,8 +31,6 @@ _DISTRIBUTION = "rhizome-llm"
 _SCHEMES = ("http", "https")
 # Small batches: encoding holds the interpreter's lock, which the event loop waits for.
 _MAX_BATCH_SPANS = 128
-_MAX_QUEUED_SPANS = 4096
-_BATCH_INTERVAL_MS = 1000
 # Longest text of an attribute or a failure, in characters.
 _MAX_TEXT = 1024
 # How long the last spans may take to leave when the service ends.
@@ -98,10 +96,7 @@ async def running_tracer(
     # It reports each failure, and each try again; `_quiet` reports changes.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     processor = BatchSpanProcessor(
-        _quiet(exporter, endpoint),
-        max_queue_size=_MAX_QUEUED_SPANS,
-        schedule_delay_millis=_BATCH_INTERVAL_MS,
-        max_export_batch_size=_MAX_BATCH_SPANS,
+        _quiet(exporter, endpoint), max_export_batch_size=_MAX_BATCH_SPANS
     )
     convert = _Conversion(service, instance_id or f"{socket.gethostname()}:{os.getpid()}")
     logger.info("event=tracing endpoint=%s ratio=%g", endpoint, flags.trace_sample_ratio)

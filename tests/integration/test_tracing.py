@@ -44,6 +44,7 @@ def cluster(collector: OtlpCollector) -> Iterator[Cluster]:
             patch.setenv(f"{prefix}TRACE_SAMPLE_RATIO", "0")
             patch.setenv(f"{prefix}LOG_FORMAT", "json")
         patch.setenv("RHIZOME__GATEWAY__METRICS_PORT", "0")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         with running_cluster(
             num_schedulers=1, num_gateways=1, num_workers=2, step_floor_ms=20
         ) as cluster:
