@@ -58,7 +58,7 @@ class Exchange:
         self.tracestate = ""
         self._read_headers()
         self.span = NO_SPAN
-        # Of its prompts, once they are tokenized.
+        # Of its prompts, once they are tokenized; kept only for a span that is recorded.
         self.generations: Sequence[Generation] = ()
 
     def use_request_id(self, request_id: str) -> None:

@@ -64,7 +64,8 @@ class Serving:
         tokenized_s = time.monotonic() - exchange.arrival_s
         for generation in generations:
             generation.hops.tokenize_s = tokenized_s
-        exchange.generations = generations
+        if exchange.span.is_recording:
+            exchange.generations = generations
         return generations
 
     async def run(self, exchange: Exchange, generations: Sequence[Generation]) -> None:

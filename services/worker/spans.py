@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from services.common.errors import error_from_code
 from services.common.spans import Span, SpanKind, Tracer
 from services.worker.engine.messages import Admission, Finish, Request, SequenceError
 
@@ -35,8 +36,7 @@ class SequenceTrace:
         )
         arrived_ns = request.arrival_ns + self.to_unix_ns
         if isinstance(end, SequenceError):
-            self.span.fail(RuntimeError(end.message))
-            self.span.set(code=end.code)
+            self.span.fail(error_from_code(end.code, end.message))
             admitted_ns = ended_ns if admission is None else arrived_ns + admission.queue_ns
             self._phase("queue", arrived_ns, admitted_ns)
         else:

@@ -99,10 +99,11 @@ def test_an_error_ends_it_as_far_as_it_came() -> None:
     waiting = spans_of(SequenceError(1, 4, "the deadline passed", 0))
     assert set(waiting) == {"Generate", "queue"}
     assert waiting["queue"].end_ns == waiting["Generate"].end_ns
+    assert waiting["Generate"].attributes["error.type"] == "DEADLINE_EXCEEDED"
     running = spans_of(SequenceError(1, 10, "the engine failed", 0), Admission(1, 0, 30 * MS))
     assert milliseconds(running["queue"]) == 30
     assert running["Generate"].failure == "the engine failed"
-    assert running["Generate"].attributes["rhizome.code"] == 10
+    assert running["Generate"].attributes["error.type"] == "ABORTED"
 
 
 def test_output_of_earlier_attempts_is_told() -> None:
