@@ -25,16 +25,10 @@ class FollowedFiles(Generic[T]):
     change (Kubernetes swaps links).
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        parse: Callable[[Sequence[bytes]], T],
-        on_change: Callable[[T], None] = lambda value: None,
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], parse: Callable[[Sequence[bytes]], T]) -> None:
         """`parse` raises ValueError for what is wrong, without what is secret; so does this."""
         self._paths = tuple(paths)
         self._parse = parse
-        self._on_change = on_change
         self._contents = self._read()
         self.value = self._made(self._contents)
         # What is wrong with the files as they are, and at how many looks in a row it was.
@@ -52,7 +46,6 @@ class FollowedFiles(Generic[T]):
         if value is not None:
             self._contents, self.value = contents, value
             logger.info("event=files_changed files=%s", self._names)
-            self._on_change(value)
 
     async def follow(self, interval_s: float = LOOK_INTERVAL_S) -> None:
         """Look for ever."""

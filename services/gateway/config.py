@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
 from services.common.tls import TlsFlags
 
@@ -66,6 +67,8 @@ class GatewayConfig:
     health_port: int | None = None
     """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
     no TLS. Default: none."""
+
+    edge: Annotated[EdgeFlags, Parameter(name="*")] = EdgeFlags()
 
     tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 

@@ -15,9 +15,11 @@ from services.common.peer_tls import PeerTls, expiry_metrics, peer_tls
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
 from services.common.tenants import TenantSet, read_tenants
+from services.gateway.access import Access
 from services.gateway.app import GatewayApp
 from services.gateway.config import GatewayConfig
 from services.gateway.control_plane import ControlPlane
+from services.gateway.edge import following_edge
 from services.gateway.exchange import KeepAlive
 from services.gateway.http_server import running_http_server
 from services.gateway.inference_servicer import InferenceServicer
@@ -49,9 +51,11 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     """
     async with contextlib.AsyncExitStack() as stack:
         tls = await stack.enter_async_context(peer_tls(config.tls))
-        serving = _serving(config, tls)
+        metrics = GatewayMetrics()
+        edge = await stack.enter_async_context(following_edge(config.edge, metrics))
+        serving = _serving(config, metrics, edge.access, tls)
         pipeline = serving.pipeline
-        registry = pipeline.metrics.registry
+        registry = metrics.registry
         for metric in expiry_metrics(tls):
             registry.register(metric)
         await stack.enter_async_context(process_metrics(registry))
@@ -74,6 +78,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 config.grpc_listen,
                 ready=False,
                 grace_s=config.shutdown_grace_s,
+                credentials=None if edge.tls is None else edge.tls.server_credentials(),
                 health_port=config.health_port,
             )
         )
@@ -84,6 +89,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 config.host,
                 config.port,
                 grace_s=config.shutdown_grace_s,
+                tls=None if edge.tls is None else edge.tls.context,
             )
         )
         try:
@@ -94,8 +100,9 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
             await asyncio.sleep(config.drain_delay_s)
 
 
-def _serving(config: GatewayConfig, tls: PeerTls | None) -> Serving:
-    metrics = GatewayMetrics()
+def _serving(
+    config: GatewayConfig, metrics: GatewayMetrics, access: Access, tls: PeerTls | None
+) -> Serving:
     gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
     control = ControlPlane(
         config.schedulers, metrics, lambda worker: workers.num_choices(worker), tls
@@ -110,6 +117,7 @@ def _serving(config: GatewayConfig, tls: PeerTls | None) -> Serving:
         pipeline,
         KeepAlive(config.keepalive_s),
         Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
+        access,
         tls,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from services.common.errors import RhizomeError
 from services.common.peer_tls import PeerTls
+from services.gateway.access import Access
 from services.gateway.exchange import ClientGoneError, EventStream, Exchange, KeepAlive
 from services.gateway.generation import ChoiceListener, GenerationSpec
 from services.gateway.http_errors import error_reply
@@ -36,6 +37,7 @@ class Serving:
     pipeline: Pipeline
     keep_alive: KeepAlive
     limits: Limits
+    access: Access
     # What calls of workers are made with; None is plain text.
     tls: PeerTls | None = None
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.edge_flags import EdgeFlags
 from services.common.engine_flags import EngineFlags
 from services.common.policies import PolicyName
 
@@ -46,6 +47,8 @@ class ServeConfig(EngineFlags):
     """First port of the Prometheus metrics behind the gateway's own, which are at its `/metrics`:
     the scheduler's, then the cache index's, the tokenizer's, and each replica's. Default: none.
     """
+
+    edge: Annotated[EdgeFlags, Parameter(name="*")] = EdgeFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

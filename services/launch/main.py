@@ -64,7 +64,9 @@ def ready_message(config: ServeConfig) -> str:
     """What a newcomer needs next: where it listens, and a request to paste."""
     if config.node_rank > 0:
         return f"\nNode {config.node_rank} has joined; node 0 serves.\n"
-    base = f"http://{config.host}:{config.port}"
+    scheme = "http" if config.edge.ssl_files is None else "https"
+    base = f"{scheme}://{config.host}:{config.port}"
+    key = "    -H 'Authorization: Bearer YOUR_KEY' \\\n" if config.edge.asks_for_keys else ""
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -73,7 +75,7 @@ def ready_message(config: ServeConfig) -> str:
     return (
         f"\nRhizome is ready: {base} (OpenAI API: {base}/v1)\n\nTry:\n"
         f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{json.dumps(body)}'\n"
+        f"{key}    -d '{json.dumps(body)}'\n"
     )
 
 

@@ -17,13 +17,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-import grpc
-from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from services.common.config import child_environment
 from services.common.process import EXIT_CANNOT_START
-from services.common.rpc import open_channel
+from services.launch.health import health_check
 from services.launch.topology import ServiceSpec
 
 logger = logging.getLogger(__name__)
@@ -126,12 +122,10 @@ class _Service:
             self._echo(text)
 
     async def _watch_health(self) -> None:
-        async with open_channel(self.spec.health_target) as channel:
-            while not self.ready.is_set():
-                if await _is_serving(channel):
-                    self.ready.set()
-                    return
+        async with health_check(self.spec.health_target) as is_serving:
+            while not await is_serving():
                 await asyncio.sleep(_POLL_S)
+            self.ready.set()
 
     def _obituary(self, status: int, failures: int) -> str:
         if status in _PERMANENT_FAILURES and self._last_lines:
@@ -149,8 +143,11 @@ class Supervisor:
     def __init__(
         self, specs: Sequence[ServiceSpec], directory: Path, echo: Callable[[str], None]
     ) -> None:
-        environment = child_environment({"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"})
-        self._services = [_Service(spec, environment, echo) for spec in specs]
+        common = {"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"}
+        self._services = [
+            _Service(spec, child_environment({**common, **spec.environment}), echo)
+            for spec in specs
+        ]
 
     async def run(self, on_ready: Callable[[], None], stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; call `on_ready` once all are up.
@@ -214,12 +211,3 @@ async def _next_line(stream: asyncio.StreamReader) -> bytes:
     except asyncio.LimitOverrunError as error:
         # Waiting for its end would take more memory and fail.
         return await stream.read(max(1, error.consumed))
-
-
-async def _is_serving(channel: aio.Channel) -> bool:
-    stub = health_pb2_grpc.HealthStub(channel)
-    try:
-        reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-    except grpc.aio.AioRpcError:
-        return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from services.common.engine_flags import EngineFlags
@@ -23,10 +23,12 @@ class ServiceSpec:
 
     name: str
     argv: tuple[str, ...]
-    # gRPC target whose health says that it is ready.
+    # gRPC target whose health says that it is ready, or the https:// URL of one that does.
     health_target: str
     # Seconds it gets to finish what it has after SIGTERM.
     grace_s: float
+    # What others must not see on its command line.
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> list[ServiceSpec]:
@@ -69,12 +71,15 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     )
     scheduler = _scheduler_arguments(config, sockets)
     return [
-        service(
-            "gateway",
-            "gateway",
-            _public_grpc(config),
-            _gateway_arguments(config, sockets),
-            _DRAIN_S + 3.0,
+        replace(
+            service(
+                "gateway",
+                "gateway",
+                _gateway_health(config),
+                _gateway_arguments(config, sockets),
+                _DRAIN_S + 3.0,
+            ),
+            environment=_gateway_secrets(config),
         ),
         *replicas,
         service("tokenizer", "tokenizer", sockets.tokenizer, tokenizer, _GRACE_S),
@@ -106,8 +111,27 @@ def _gateway_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...
         *("--grpc-listen", _public_grpc(config)),
         *("--tokenizers", sockets.tokenizer, "--schedulers", sockets.scheduler),
         *("--shutdown-grace-s", str(_DRAIN_S)),
-        *(() if config.tenants is None else ("--tenants", str(config.tenants))),
+        *_given(
+            {
+                "--tenants": config.tenants,
+                "--ssl-certfile": config.edge.ssl_certfile,
+                "--ssl-keyfile": config.edge.ssl_keyfile,
+                "--api-keys": config.edge.api_keys,
+            }
+        ),
     )
+
+
+def _gateway_secrets(config: ServeConfig) -> dict[str, str]:
+    keys = {"API_KEY": config.edge.api_key, "ADMIN_API_KEY": config.edge.admin_api_key}
+    return {f"RHIZOME__GATEWAY__{name}": key for name, key in keys.items() if key is not None}
+
+
+def _gateway_health(config: ServeConfig) -> str:
+    if config.edge.ssl_files is None:
+        return _public_grpc(config)
+    # Its certificate is for the name that clients use, which gRPC would not accept from here.
+    return f"https://{config.host}:{config.port}/health"
 
 
 def _scheduler_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...]:

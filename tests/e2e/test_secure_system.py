@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import OpenAI

@@ -11,6 +11,11 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.rsa import (
+    RSAPrivateKey,
+    RSAPublicKey,
+    generate_private_key,
+)
 from cryptography.x509.oid import NameOID
 
 from services.common.tls import TlsFlags
@@ -43,9 +48,14 @@ class Authority:
         *,
         dns_names: Sequence[str] = _NAMES,
         days: float = 30,
+        rsa: bool = False,
     ) -> Issued:
         """A pair for this machine. `days` until it ends, negative when it has."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = (
+            generate_private_key(public_exponent=65537, key_size=2048)
+            if rsa
+            else ec.generate_private_key(ec.SECP256R1())
+        )
         builder = _builder(_x509_name(name), self._name, key.public_key(), days=days)
         alternatives: list[x509.GeneralName] = [x509.DNSName(dns) for dns in dns_names]
         if "localhost" in dns_names:
@@ -95,7 +105,9 @@ def files_of(directory: Path, authority: Authority, issued: Issued | None = None
     return files
 
 
-def key_text(key: ec.EllipticCurvePrivateKey, password: bytes | None = None) -> bytes:
+def key_text(
+    key: ec.EllipticCurvePrivateKey | RSAPrivateKey, password: bytes | None = None
+) -> bytes:
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if password is not None:
         encryption = serialization.BestAvailableEncryption(password)
@@ -109,7 +121,10 @@ def _x509_name(name: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey | RSAPublicKey,
+    days: float,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
