@@ -29,6 +29,7 @@ class SecureSystem:
     directory: Path
     ports: dict[tuple[str, str], int] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(default_factory=dict)
 
     def port(self, service: str, purpose: str = "listen") -> int:
         return self.ports[service, purpose]
@@ -45,9 +46,20 @@ class SecureSystem:
             *("--health-port", str(self.port(service, "health"))),
             *flags,
         ]
-        with (self.directory / f"{service}.log").open("wb") as log:
+        self.commands[service] = command
+        self._run(service, environment)
+
+    def restart(self, service: str) -> None:
+        """Stop it and start it again."""
+        self.processes[service].terminate()
+        self.processes[service].wait(20)
+        self._run(service, {})
+        self.wait_until_healthy(service)
+
+    def _run(self, service: str, environment: dict[str, str]) -> None:
+        with (self.directory / f"{service}.log").open("ab") as log:
             self.processes[service] = subprocess.Popen(
-                command,
+                self.commands[service],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
