@@ -37,7 +37,9 @@ def key_pair(certificate: bytes, key: bytes) -> KeyPair:
     """
     load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
     first = _CERTIFICATE.search(certificate)
-    assert first is not None, "OpenSSL has just read it"
+    if first is None:
+        # OpenSSL reads more than gRPC does.
+        raise ValueError("the certificate must begin with -----BEGIN CERTIFICATE-----")
     return KeyPair(certificate, key, expiry_s(ssl.PEM_cert_to_DER_cert(first[0].decode("ascii"))))
 
 

@@ -51,6 +51,12 @@ def test_files_that_are_half_written_are_refused(certificate: bytes, key: bytes)
         key_pair(certificate, key)
 
 
+def test_other_forms_of_certificates_are_refused() -> None:
+    certificate = ISSUED.certificate.replace(b" CERTIFICATE", b" X509 CERTIFICATE")
+    with pytest.raises(ValueError, match="must begin with"):
+        key_pair(certificate, ISSUED.key)
+
+
 def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password() -> None:
     key = key_text(ec.generate_private_key(ec.SECP256R1()), b"secret")
     with pytest.raises(ValueError, match="without a password"):
