@@ -13,18 +13,21 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 
 _TIMEOUT_S = 1.0
 
 
 @contextlib.asynccontextmanager
-async def health_check(target: str) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+async def health_check(
+    target: str, tls: PeerTls | None = None
+) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
     """What asks once, by gRPC or at an https:// URL; never raises."""
     if target.startswith("https://"):
         yield partial(_is_ok, target)
         return
-    async with open_channel(target) as channel:
+    async with open_channel(target, tls) as channel:
         yield partial(_is_serving, channel)
 
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from services.common.config import child_environment
+from services.common.peer_tls import PeerTls
 from services.common.process import EXIT_CANNOT_START
 from services.launch.health import health_check
 from services.launch.topology import ServiceSpec
@@ -43,11 +44,18 @@ class ServiceGaveUpError(Exception):
 class _Service:
     """One child process over all its restarts."""
 
-    def __init__(self, spec: ServiceSpec, environment: dict[str, str], echo: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        environment: dict[str, str],
+        echo: Callable[[str], None],
+        tls: PeerTls | None,
+    ):
         self.spec = spec
         self.ready = asyncio.Event()
         self._environment = environment
         self._echo = echo
+        self._tls = None if spec.is_public else tls
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._stopping = False
@@ -122,7 +130,7 @@ class _Service:
             self._echo(text)
 
     async def _watch_health(self) -> None:
-        async with health_check(self.spec.health_target) as is_serving:
+        async with health_check(self.spec.health_target, self._tls) as is_serving:
             while not await is_serving():
                 await asyncio.sleep(_POLL_S)
             self.ready.set()
@@ -141,11 +149,16 @@ class Supervisor:
     """Owns the processes of one single-host system."""
 
     def __init__(
-        self, specs: Sequence[ServiceSpec], directory: Path, echo: Callable[[str], None]
+        self,
+        specs: Sequence[ServiceSpec],
+        directory: Path,
+        echo: Callable[[str], None],
+        tls: PeerTls | None = None,
     ) -> None:
+        """`tls` is what their health is asked with."""
         common = {"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"}
         self._services = [
-            _Service(spec, child_environment({**common, **spec.environment}), echo)
+            _Service(spec, child_environment({**common, **spec.environment}), echo, tls)
             for spec in specs
         ]
 
@@ -198,7 +211,9 @@ async def private_directory() -> AsyncIterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        janitor.kill()
+        # Whoever ends this process may have ended the shell, too.
+        with contextlib.suppress(ProcessLookupError):
+            janitor.kill()
         await janitor.wait()
 
 

@@ -254,10 +254,16 @@ def test_nobody_logged_a_key(system: SecureSystem) -> None:
 
 
 def test_rhizome_serve_speaks_https_and_asks_for_a_key(
-    edge: TlsFiles, monkeypatch: pytest.MonkeyPatch
+    edge: TlsFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RHIZOME__SERVE__API_KEY", KEY)
-    flags = ("--ssl-certfile", str(edge.cert), "--ssl-keyfile", str(edge.key))
+    # Between its services it needs no certificates, but takes them.
+    own = files_of(tmp_path, AUTHORITY)
+    flags = (
+        *("--ssl-certfile", str(edge.cert), "--ssl-keyfile", str(edge.key)),
+        *("--tls-cert-file", str(own.cert), "--tls-key-file", str(own.key)),
+        *("--tls-ca-file", str(own.ca)),
+    )
     with running_system(*flags) as system:
         url = f"https://127.0.0.1:{system.port}/v1"
         assert any(f"Rhizome is ready: {url.removesuffix('/v1')}" in line for line in system.log)
