@@ -74,15 +74,27 @@ def followed_server_credentials(
     `current` is asked from a thread of gRPC's.
     """
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        pair, authorities = current()
-        return grpc.ssl_server_certificate_configuration(
-            [(pair.key, pair.certificate)], authorities
-        )
+    served = current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal served
+        newest = current()
+        if newest == served:
+            return None
+        served = newest
+        return _server_configuration(*newest)
 
     return grpc.dynamic_ssl_server_credentials(
-        configuration(), configuration, require_client_authentication=wants_certificate
+        _server_configuration(*served),
+        changed,  # type: ignore[arg-type]  # None means no change, which the stub does not know
+        require_client_authentication=wants_certificate,
     )
+
+
+def _server_configuration(
+    pair: KeyPair, authorities: bytes | None
+) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)], authorities)
 
 
 def _identity(contents: Sequence[bytes]) -> PeerIdentity:
