@@ -30,6 +30,7 @@ class RotatingChannel(aio.Channel, Generic[Key]):
         self._newest = _Connection(connect(self._key))
         self._retired: set[_Connection] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     @property
     def num_retired(self) -> int:
@@ -48,6 +49,7 @@ class RotatingChannel(aio.Channel, Generic[Key]):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
+        self._is_closed = True
         connections = (self._newest, *self._retired)
         self._retired.clear()
         await asyncio.gather(
@@ -102,7 +104,7 @@ class RotatingChannel(aio.Channel, Generic[Key]):
 
     def _connection(self) -> _Connection:
         key = self._current()
-        if key is not self._key:
+        if key is not self._key and not self._is_closed:
             old, self._key = self._newest, key
             self._newest = _Connection(self._connect(key))
             self._retired.add(old)

@@ -179,6 +179,22 @@ async def test_closing_a_rotated_channel_ends_its_old_calls_too(
         assert await stream.code() is grpc.StatusCode.CANCELLED
 
 
+async def test_a_closed_channel_opens_no_new_connection() -> None:
+    keys = [b"old"]
+    opened: list[bytes] = []
+
+    def connect(key: bytes) -> aio.Channel:
+        opened.append(key)
+        return aio.insecure_channel("localhost:1")
+
+    async with RotatingChannel(lambda: keys[-1], connect) as channel:
+        pass
+    keys.append(b"new")
+    with pytest.raises(aio.UsageError):
+        await who(channel)
+    assert opened == [b"old"]
+
+
 async def test_pairs_that_have_ended_are_replaced_on_both_sides(tmp_path: Path) -> None:
     server_files = files_of(tmp_path / "server", AUTHORITY, AUTHORITY.issue(days=-1))
     client_files = files_of(tmp_path / "client", AUTHORITY, AUTHORITY.issue("caller", days=-1))
