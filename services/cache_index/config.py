@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from services.cache_index.index import MAX_PREFIXES
 from services.common.telemetry import TelemetryFlags
+from services.common.tls import TlsFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,12 @@ class CacheIndexConfig:
 
     metrics_port: int | None = None
     """Port of the Prometheus metrics over HTTP. Default: none."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

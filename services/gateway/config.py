@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
 from services.common.telemetry import TelemetryFlags
+from services.common.tls import TlsFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,13 @@ class GatewayConfig:
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics too, which the HTTP port always does.
     Default: none."""
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    edge: Annotated[EdgeFlags, Parameter(name="*")] = EdgeFlags()
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

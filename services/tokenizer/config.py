@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.telemetry import TelemetryFlags
+from services.common.tls import TlsFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,12 @@ class TokenizerConfig:
 
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics. Default: none."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much to log."""

@@ -98,6 +98,8 @@ def service_options(config: WorkerConfig) -> ServiceOptions:
         max_queued_requests=config.max_queued_requests,
         metrics_port=config.metrics_port,
         telemetry=config.telemetry,
+        health_port=config.health_port,
+        tls=config.tls,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from grpc import aio
 from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc as pb_grpc
 from services.common.errors import UnavailableError
 from services.common.metrics import metrics_server
+from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.rpc import RunningServer, running_server
 from services.common.telemetry import TelemetryFlags, running_tracer
+from services.common.tls import TlsFlags
 from services.worker.engine_link import EngineLink
 from services.worker.metrics import WorkerCollector
 from services.worker.registration import Registration, describe
@@ -41,8 +43,10 @@ class ServiceOptions:
     advertise_address: str | None = None
     schedulers: tuple[str, ...] = ()
     max_queued_requests: int = 4096
-    # None means: none are served.
+    # None means: none are served, of both.
     metrics_port: int | None = None
+    health_port: int | None = None
+    tls: TlsFlags = field(default_factory=TlsFlags)
     times: SessionTimes = field(default_factory=SessionTimes)
     telemetry: TelemetryFlags = TelemetryFlags()
 
@@ -76,28 +80,27 @@ class RunningWorker:
 async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIterator[RunningWorker]:
     """Serve the engine behind `link` until the block ends."""
     async with contextlib.AsyncExitStack() as stack:
+        tls = await stack.enter_async_context(peer_tls(options.tls))
         tracer = await stack.enter_async_context(
             running_tracer(options.telemetry, "worker", options.identity.worker_id)
         )
-        replica = Replica(
-            options.identity,
-            link,
-            max_queued_requests=options.max_queued_requests,
-            tracer=tracer,
-        )
+        limit = options.max_queued_requests
+        replica = Replica(options.identity, link, max_queued_requests=limit, tracer=tracer)
         sessions = SessionTable(
             replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
         )
-        servicer = WorkerServicer(replica, sessions)
-
-        def add(server: aio.Server) -> None:
-            pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-
         await stack.enter_async_context(
-            metrics_server(options.metrics_port, WorkerCollector(replica))
+            metrics_server(options.metrics_port, WorkerCollector(replica), *expiry_metrics(tls))
         )
         server = await stack.enter_async_context(
-            running_server(add, [_SERVICE], options.listen, ready=False)
+            running_server(
+                _adder(WorkerServicer(replica, sessions)),
+                [_SERVICE],
+                options.listen,
+                ready=False,
+                credentials=server_credentials(tls),
+                health_port=options.health_port,
+            )
         )
         worker = RunningWorker(server, replica, sessions)
         address = advertised(options, server.port)
@@ -107,7 +110,9 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
             _keep_readiness(replica, server),
         ]
         for scheduler in options.schedulers:
-            registration = Registration(scheduler, replica, lambda: describe(replica, address))
+            registration = Registration(
+                scheduler, replica, lambda: describe(replica, address), tls=tls
+            )
             jobs.append(registration.run())
         tasks = [asyncio.create_task(_guard(job, replica)) for job in jobs]
         try:
@@ -117,6 +122,10 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _adder(servicer: WorkerServicer) -> Callable[[aio.Server], None]:
+    return lambda server: pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 
 
 def advertised(options: ServiceOptions, port: int) -> str:
