@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Writes the committed code of the Go and TypeScript clients below DIR: clients/generate.sh DIR
+# Needs buf, go and node; DIR is `clients` itself, or elsewhere to compare.
+set -euo pipefail
+clients=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+# npm ci leaves this file behind.
+if [ ! -e "$clients/typescript/node_modules/.package-lock.json" ]; then
+  npm ci --prefix "$clients/typescript" --no-audit --no-fund --loglevel=error
+fi
+cd "$clients/../protos"
+buf generate --clean=false --output "$out"
