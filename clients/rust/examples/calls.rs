@@ -34,13 +34,13 @@ impl Interceptor for ApiKey {
     }
 }
 
-/// Opens a channel: with TLS if `ca` names the certificates to trust, else without.
-async fn connect(target: &str, ca: Option<&str>) -> Result<Channel, Box<dyn Error>> {
+/// A channel: with TLS if `ca` names the certificates to trust, else without.
+fn connect(target: &str, ca: Option<&str>) -> Result<Channel, Box<dyn Error>> {
     let Some(file) = ca else {
-        return Ok(Endpoint::from_shared(format!("http://{target}"))?.connect().await?);
+        return Ok(Endpoint::from_shared(format!("http://{target}"))?.connect_lazy());
     };
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(file)?));
-    Ok(Endpoint::from_shared(format!("https://{target}"))?.tls_config(tls)?.connect().await?)
+    Ok(Endpoint::from_shared(format!("https://{target}"))?.tls_config(tls)?.connect_lazy())
 }
 
 fn ask(question: &str, sampling: SamplingParams) -> GenerateRequest {
@@ -140,7 +140,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         }
     }
     let bearer = key.map(|key| format!("Bearer {key}").parse()).transpose()?;
-    let channel = connect(&target, ca.as_deref()).await?;
+    let channel = connect(&target, ca.as_deref())?;
     let mut client = InferenceServiceClient::with_interceptor(channel, ApiKey(bearer));
     match command.as_deref() {
         Some("chat") => chat(&mut client).await,
