@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from rhizome.common.v1.chat_message_pb2 import ChatMessage
@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 LONG_TOKENS = 3500
 
 
-def python_answer(target: str) -> str:
+def python_answer(system: Watched) -> str:
     """What the Python client gets for the examples' question."""
-    with grpc.insecure_channel(target) as channel:
+    with system.channel() as channel:
         responses = InferenceServiceStub(channel).Generate(
             pb.GenerateRequest(
                 chat=pb.ChatInput(
@@ -56,47 +56,69 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 def test_the_quickstart_prints_what_python_gets(language: Language, plain: Watched) -> None:
-    run = language.run(language.quickstart, [plain.target])
-    assert run.stdout == python_answer(plain.target) + "\n", run.stderr
+    run = language.run(language.quickstart, [f"localhost:{plain.grpc_port}"])
+    assert run.stdout == python_answer(plain) + "\n", run.stderr
     assert "Paris" in run.stdout
 
 
-def test_a_chat_prints_what_python_gets(language: Language, plain: Watched) -> None:
-    run = language.run(language.calls, ["--target", plain.target, "chat"])
+def test_a_chat_prints_what_python_gets(language: Language, system: Watched) -> None:
+    run = language.run(language.calls, [*system.arguments(), "chat"])
     assert run.returncode == 0, run.stderr
-    assert run.stdout == python_answer(plain.target) + "\n"
+    assert run.stdout == python_answer(system) + "\n"
 
 
 async def test_cancelling_frees_the_worker_while_the_connection_stays(
-    language: Language, plain: Watched
+    language: Language, system: Watched
 ) -> None:
-    before = plain.gateway_metric("output_tokens_total")
-    async with held_connections(plain.system.port + 1) as port:
+    before = system.gateway_metric("output_tokens_total")
+    async with held_connections(system.grpc_port) as port:
         run = await asyncio.to_thread(
-            language.run, language.calls, ["--target", f"localhost:{port}", "cancel"]
+            language.run, language.calls, [*system.arguments(port), "cancel"]
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.endswith("\ncancelled; builtin goes on\n")
-        await until(lambda: plain.gateway_metric("inflight_prompts") == 0)
-        await until(lambda: plain.worker_metric("running_sequences") == 0)
-    tokens = plain.gateway_metric("output_tokens_total") - before
+        await until(lambda: system.gateway_metric("inflight_prompts") == 0)
+        await until(lambda: system.worker_metric("running_sequences") == 0)
+    tokens = system.gateway_metric("output_tokens_total") - before
     assert 5 <= tokens < LONG_TOKENS, "it was not cancelled but came to its end"
 
 
-async def test_a_deadline_ends_the_call(language: Language, plain: Watched) -> None:
-    run = await asyncio.to_thread(
-        language.run, language.calls, ["--target", plain.target, "deadline"]
-    )
+async def test_a_deadline_ends_the_call(language: Language, system: Watched) -> None:
+    run = await asyncio.to_thread(language.run, language.calls, [*system.arguments(), "deadline"])
     assert (run.returncode, status_of(run.stderr)) == (1, "DEADLINEEXCEEDED"), run.stderr
-    await until(lambda: plain.worker_metric("running_sequences") == 0)
+    await until(lambda: system.worker_metric("running_sequences") == 0)
 
 
-def test_a_wrong_parameter_is_named(language: Language, plain: Watched) -> None:
-    run = language.run(language.calls, ["--target", plain.target, "error"])
+def test_a_wrong_parameter_is_named(language: Language, system: Watched) -> None:
+    run = language.run(language.calls, [*system.arguments(), "error"])
     assert (run.returncode, run.stdout) == (1, "")
     assert status_of(run.stderr) == "INVALIDARGUMENT"
     assert "temperature must be in" in run.stderr
     assert "\nparam: temperature\n" in run.stderr
+
+
+@pytest.mark.parametrize("key", [(), ("--api-key", "another")], ids=["no key", "unknown key"])
+def test_who_has_no_key_is_told_so(
+    language: Language, secure: Watched, key: tuple[str, ...]
+) -> None:
+    assert secure.edge is not None
+    target = ("--target", f"localhost:{secure.grpc_port}", "--ca", str(secure.edge.ca))
+    run = language.run(language.calls, [*target, *key, "chat"])
+    assert (run.returncode, run.stdout) == (1, "")
+    assert status_of(run.stderr) == "UNAUTHENTICATED"
+
+
+def test_a_certificate_of_another_authority_is_refused(
+    language: Language, secure: Watched, stranger: Path
+) -> None:
+    run = language.run(
+        language.calls,
+        ["--target", f"localhost:{secure.grpc_port}", "--ca", str(stranger), "chat"],
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    # Connect finds no better status for what Node.js tells it.
+    refused = "INTERNAL" if language.name == "typescript" else "UNAVAILABLE"
+    assert status_of(run.stderr) == refused, run.stderr
 
 
 class FullServicer(InferenceServiceServicer):
