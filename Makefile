@@ -30,7 +30,7 @@ test-faults: install
 
 # The clients of other languages, built and run against a system; skipped where tools are missing.
 test-clients: install
-	$(BIN)/pytest -q -rs -m clients
+	$(BIN)/pytest -q -rs -m clients tests/clients
 
 check: install
 	ruff format --check .
