@@ -5,9 +5,12 @@ set -euo pipefail
 clients=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
-# npm ci leaves this file behind.
-if [ ! -e "$clients/typescript/node_modules/.package-lock.json" ]; then
+# npm ci leaves this file in node_modules.
+lock=package-lock.json
+if [ "$clients/typescript/$lock" -nt "$clients/typescript/node_modules/.$lock" ]; then
   npm ci --prefix "$clients/typescript" --no-audit --no-fund --loglevel=error
 fi
 cd "$clients/../protos"
+# What a proto that is gone had left.
+rm -rf "$out"/go/{common,inference} "$out/typescript/src/gen"
 buf generate --clean=false --output "$out"
