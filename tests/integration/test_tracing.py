@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from rhizome.inference.v1.inference_service_pb2 import GenerateRequest
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -352,15 +353,19 @@ def test_histograms_lead_to_traces_where_openmetrics_is_asked_for(cluster: Clust
     trace_id = secrets.token_hex(16)
     chat(cluster, {"traceparent": traceparent(trace_id)})
     asked = {"accept": "application/openmetrics-text; version=1.0.0, text/plain; version=0.0.4"}
-    urls = {name: _metrics_url(cluster, name) for name in ("gateway-0", "scheduler-0")}
+    names = ("gateway-0", "scheduler-0", "worker-0")
+    urls = {name: _metrics_url(cluster, name) for name in names}
     public = f"{cluster.urls[0]}/metrics"
     for url, names in (
         (public, ("time_to_first_token", "time_per_output_token", "request_latency")),
         (urls["gateway-0"], ("time_to_first_token", "request_latency")),
         (urls["scheduler-0"], ("queue",)),
+        (urls["worker-0"], ()),
     ):
         response = httpx.get(url, headers=asked)
         assert response.headers["content-type"].startswith("application/openmetrics-text")
+        # Raises for what is no OpenMetrics.
+        assert len(list(text_string_to_metric_families(response.text))) > 5
         for name in names:
             (line, *_) = [
                 line
@@ -374,9 +379,9 @@ def test_histograms_lead_to_traces_where_openmetrics_is_asked_for(cluster: Clust
 
 
 def _metrics_url(cluster: Cluster, name: str) -> str:
-    port = next(
+    ports = [
         fields["port"]
         for fields in json_lines(cluster.log(name))
         if fields.get("event") == "metrics_served"
-    )
-    return f"http://127.0.0.1:{port}/metrics"
+    ]
+    return f"http://127.0.0.1:{ports[-1]}/metrics"
