@@ -1,13 +1,14 @@
 """What tracing costs the gateway: CPU time a request with an exporter, against tracing off.
 
-    python -m bench.tracing_cost [--ratios 0.01 1] [--rounds 10] [--seconds 4] [--streams 32]
+    python -m bench.tracing_cost [--ratios 0.01 1] [--rounds 10] [--seconds 4] [--streams 16]
         [--tokens 1 64] [--before CHECKOUT]
 
 Gateways share a tokenizer, a scheduler and a mock worker: one without tracing, one for each ratio
 of recorded requests, which exports to an OTLP server in this process, and one of another checkout,
-where that is given. They are driven in turn, in slices of some seconds, so that what else the
-machine does falls on all alike. A figure is the median over the rounds of user and system time a
-request, and of each slice's difference from its round's slice without tracing. Prints JSON.
+where that is given. All are driven at the same time, in rounds of some seconds, so that what else
+the machine does falls on them alike. A figure is the median over the rounds of user and system time
+a request, and of its difference from that of the gateway without tracing in the same round. Prints
+JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import contextlib
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", default=["0.01", "1"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--streams", type=int, default=16, help="of each gateway")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--before", type=Path, help="a checkout whose gateway is compared, too")
@@ -84,9 +84,13 @@ Gateways = dict[str, tuple[psutil.Process, int]]
 
 def _compare(gateways: Gateways, args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     rounds = []
-    for _ in range(args.rounds):
-        names = random.sample(list(gateways), len(gateways))
-        rounds.append({name: _slice(*gateways[name], args, tokens) for name in names})
+    with ThreadPoolExecutor(len(gateways)) as pool:
+        for _ in range(args.rounds):
+            slices = {
+                name: pool.submit(_slice, *gateway, args, tokens)
+                for name, gateway in gateways.items()
+            }
+            rounds.append({name: one.result() for name, one in slices.items()})
     us = {name: [one[name]["us"] for one in rounds] for name in gateways}
     per_cent = {
         name: [100 * (one[name]["us"] / one[_OFF]["us"] - 1) for one in rounds]
