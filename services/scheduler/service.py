@@ -25,6 +25,7 @@ from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
+from services.scheduler.pool_load import PoolLoadCollector, PoolLoads
 from services.scheduler.pools import PoolSet, read_declarations
 from services.scheduler.redis_lease import RedisLease
 from services.scheduler.reservations import ReservationBook
@@ -107,7 +108,9 @@ def _assemble(
         tenants=read_tenants(config.tenants) if config.tenants is not None else None,
         worker_wait_s=config.worker_wait_s,
     )
-    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)
+    loads = PoolLoads(pools, table, placer.queue, clock)
+    metrics.registry.register(PoolLoadCollector(loads))
+    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s, loads)
     return placer, servicer
 
 
