@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class KubernetesApi:
 
     async def watch(
         self, path: str, query: Mapping[str, str], *, timeout_s: int
-    ) -> AsyncIterator[Json]:
+    ) -> AsyncGenerator[Json, None]:
         """Events `{"type": ..., "object": ...}` until the server or `timeout_s` ends the call.
 
         Raises KubernetesError, also for an event that is an error (410: too old to go on from).
