@@ -84,7 +84,8 @@ class Autoscaler:
         history = self._histories.setdefault(group, _History())
         most = min(rules.max_replicas, len(sets)) if sets[0].is_unit else rules.max_replicas
         least = min(rules.min_replicas, most)
-        wanted = None if loads is None else _wanted(sets, rules, loads, current)
+        leaving = history.farewell.worker_id if history.farewell is not None else None
+        wanted = None if loads is None else _wanted(sets, rules, loads, leaving)
         if wanted is not None:
             wanted = min(max(wanted, least), most)
         # What is not known asks for what is there.
@@ -145,9 +146,12 @@ def ratio(rules: ScalingRules, pool: PoolLoad) -> float | None:
     return max(ratios)
 
 
-def _wanted(sets: list[WorkerSet], rules: ScalingRules, loads: Loads, current: int) -> int | None:
+def _wanted(
+    sets: list[WorkerSet], rules: ScalingRules, loads: Loads, leaving: str | None
+) -> int | None:
     """Workers that would bring every value to its target; None where one is missing."""
     worker_ids = [worker_id for each in sets for worker_id in each.worker_ids]
+    current = len(worker_ids)
     pool = loads.pool_of(worker_ids)
     factor = None if pool is None else ratio(rules, pool)
     if pool is None or factor is None:
@@ -162,8 +166,11 @@ def _wanted(sets: list[WorkerSet], rules: ScalingRules, loads: Loads, current: i
         # Those that start are expected to help, so they ask for no more.
         needed = math.ceil(num_ready * min(factor, 2.0) - _EPSILON)
         return max(current, needed)
-    # Those that are not ready are taken to be as busy as they should be.
-    needed = math.ceil(num_ready * factor + (current - num_ready) - _EPSILON)
+    # Those that are not ready are taken to be as busy as they should be, but for who is to go.
+    num_away = current - num_ready
+    if leaving in worker_ids and not (leaving in pool.workers and pool.workers[leaving].is_ready):
+        num_away -= 1
+    needed = math.ceil(num_ready * factor + num_away - _EPSILON)
     return min(current, needed)
 
 

@@ -167,8 +167,6 @@ class Controller:
             "event=unit_restarted unit=%s reason=%r pods=%r next_delay_s=%g",
             *(worker_set.name, restart.reason, names, restart.next_delay_s),
         )
-        if not restart.is_new:
-            return
         message = f"{restart.reason}: deleted {names}"
         if restart.next_delay_s:
             self._metrics.gang_restarts.labels(worker_set.group).inc()

@@ -27,9 +27,9 @@ class Restart(NamedTuple):
     worker_set: WorkerSet
     pods: tuple[Pod, ...]
     reason: str
-    # False where an earlier attempt at the same restart failed.
+    # False where an earlier attempt at the same restart failed, or was not this replica's to make.
     is_new: bool = True
-    # How long the unit will be left alone.
+    # How long the unit will be left alone; 0 where it was no loss, or not new.
     next_delay_s: float = 0.0
 
 
@@ -47,6 +47,7 @@ class _Unit:
     formed_at: float = 0.0
     # Pods, by uid, that must be gone before the next ones count.
     leaving: set[str] = field(default_factory=set)
+    reason: str = ""
     deleted_at: float = 0.0
     broken: str | None = None
     broken_at: float = 0.0
@@ -130,7 +131,7 @@ class GangKeeper:
 def _begin(unit: _Unit, worker_set: WorkerSet, pods: list[Pod], reason: str, now: float) -> Restart:
     unit.members, unit.broken, unit.ready_since = None, None, None
     unit.leaving = {pod.uid for pod in pods}
-    unit.deleted_at = now
+    unit.deleted_at, unit.reason = now, reason
     return Restart(worker_set, tuple(pod for pod in pods if not pod.is_leaving), reason)
 
 
@@ -139,7 +140,7 @@ def _again(unit: _Unit, worker_set: WorkerSet, staying: list[Pod], now: float) -
     if not forgotten or now - unit.deleted_at < _RETRY_S:
         return None
     unit.deleted_at = now
-    return Restart(worker_set, forgotten, "its restart goes on", is_new=False)
+    return Restart(worker_set, forgotten, unit.reason, is_new=False)
 
 
 def _flaw(unit: _Unit, pods: list[Pod], now: float) -> str | None:
