@@ -94,6 +94,8 @@ class Controller:
         """One look at the load, and at what takes its time."""
         if not self._candidacy.leads:
             # A new leader starts with what it sees, and waits for the windows to pass.
+            if self._scaling is not None:
+                self._metrics.forget_groups()
             self._scaling = None
             return
         if self._scaling is None:

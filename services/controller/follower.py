@@ -25,6 +25,7 @@ _Record = TypeVar("_Record", bound=Pod | WorkerSet)
 # The server ends a watch after so long, and it is opened again.
 _WATCH_S = 60
 _RETRY_S = 1.0
+_PAUSE_S = 0.1
 
 
 class _Collection(Generic[_Record]):
@@ -53,6 +54,8 @@ class _Collection(Generic[_Record]):
                 if not self._version:
                     await self._list()
                 await self._watch()
+                # A server that ends it at once is not asked at once.
+                await asyncio.sleep(_PAUSE_S)
             except KubernetesError as error:
                 # What was missed meanwhile is in a new list.
                 self._version = ""

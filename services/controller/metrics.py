@@ -45,6 +45,11 @@ class ControllerMetrics:
         """`leads`: whether this replica acts."""
         self._gauge("leads", "Whether this replica acts").set_function(read)
 
+    def forget_groups(self) -> None:
+        """What was said of groups is not this replica's to say any more, or they are gone."""
+        for gauge in (self.workers, self.wanted_workers, self.signals_missing):
+            gauge.clear()
+
     def value(self, name: str, **labels: str) -> float:
         """The current value of a sample, without the common prefix; 0 where there is none."""
         return self.registry.get_sample_value(f"{_PREFIX}{name}", labels) or 0.0

@@ -36,6 +36,7 @@ class Scaling:
         self._clock = clock
         self._autoscaler = Autoscaler()
         self._rollouts = Rollouts()
+        self._known: set[str] = set()
         # Annotations that were found wrong, by group.
         self._refused: dict[str, str] = {}
 
@@ -48,7 +49,10 @@ class Scaling:
     async def apply(self, snapshot: Snapshot, loads: Loads | None) -> list[WorkerSet]:
         """Scale and drain; returns the units whose pods are to be replaced."""
         groups = snapshot.groups
-        self._autoscaler.forget_others(set(groups))
+        if groups.keys() != self._known:
+            self._known = set(groups)
+            self._autoscaler.forget_others(self._known)
+            self._metrics.forget_groups()
         replaced = []
         for group, sets in groups.items():
             self._metrics.workers.labels(group).set(sum(each.num_workers for each in sets))
