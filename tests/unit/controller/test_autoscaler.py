@@ -135,6 +135,16 @@ def test_those_that_are_not_ready_count_as_busy_when_it_would_shrink() -> None:
     assert group.decide().wanted == 2
 
 
+def test_fractions_that_are_not_exact_cost_no_worker() -> None:
+    group = single(10, max_replicas=20)
+    group.pool["saturation"] = 0.56
+    # 0.56 / 0.8 * 10 is a little more than 7.
+    assert group.decide().wanted == 7
+    group = single(5)
+    group.pool["saturation"] = 1.12
+    assert group.decide().wanted == 7
+
+
 def test_it_grows_once_the_need_has_lasted() -> None:
     group = single(2, scale_up_window_seconds=15)
     group.passes(60)
@@ -188,6 +198,14 @@ def test_a_worker_that_still_has_requests_stays_until_they_are_done() -> None:
     assert action.replicas == 1
 
 
+def test_a_worker_that_has_nothing_to_do_is_drained_all_the_same() -> None:
+    group = single(2, scale_down_window_seconds=0)
+    group.pool["saturation"] = 0.1
+    group.states["w-1"] = READY._replace(num_requests=0)
+    for _ in range(5):
+        assert group.passes(5) == [Drain("w-1", "the group gets smaller")]
+
+
 def test_a_worker_that_never_ends_goes_after_the_timeout() -> None:
     group = single(2, scale_down_window_seconds=0, drain_timeout_seconds=100)
     group.pool["saturation"] = 0.1
@@ -234,6 +252,9 @@ def test_the_next_worker_of_the_name_is_not_drained_for_the_one_before() -> None
     group.rules = make_rules(min_replicas=2)
     group.drained.clear()
     group.passes(60)
+    group.rules = make_rules(min_replicas=1)
+    group.pool["saturation"] = 0.8
+    group.passes(60)
     assert (group.num_workers, group.drained) == (2, [])
 
 
@@ -269,6 +290,10 @@ def test_bounds_hold_whatever_the_load_is() -> None:
     group.passes(600)
     assert group.num_workers == 4
     assert group.drained == ["w-5", "w-4"]
+    group = single(6, max_replicas=4)
+    group.pool["saturation"] = None
+    group.passes(600)
+    assert group.num_workers == 4
 
 
 def test_a_group_that_somebody_turned_off_stays_off() -> None:
@@ -316,6 +341,10 @@ def test_pain_29_m_a_leader_that_has_just_begun_waits_for_the_windows() -> None:
     group = single(4, scale_up_window_seconds=15, scale_down_window_seconds=300)
     group.pool["saturation"] = 0.1
     assert not group.passes(300)
+    assert group.passes(10)
+    group = single(4, scale_up_window_seconds=60)
+    group.pool["saturation"] = 5.0
+    assert not group.passes(60)
     assert group.passes(10)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.controller.autoscaler import Drain
+from services.controller.farewells import Farewell
 from services.controller.loads import Loads, WorkerLoad
 from services.controller.records import Pod, WorkerSet
 from services.controller.rollouts import Replace, Rollouts
@@ -99,8 +102,20 @@ def test_nothing_is_replaced_while_no_scheduler_answers() -> None:
 
 def test_sets_that_replace_their_pods_themselves_are_left_alone() -> None:
     single = make_set("w", replicas=2, update_revision=NEW)
-    rolling = make_unit(0, update_revision=NEW)
+    rolling = replace(make_unit(0, update_revision=NEW), rolls_itself=True)
     pods: list[Pod] = pods_of(single, rolling)
-    snapshot = make_snapshot([single], pods)
-    loads = make_loads({"w-0": READY, "w-1": READY})
-    assert not Rollouts().decide("g", [single], snapshot, loads, TIMEOUT_S, 0.0)
+    snapshot = make_snapshot([single, rolling], pods)
+    loads = make_loads({"w-0": READY, "w-1": READY, "u0-0": READY})
+    for sets in ([single], [rolling]):
+        assert not Rollouts().decide("g", sets, snapshot, loads, TIMEOUT_S, 0.0)
+
+
+def test_a_worker_that_a_scheduler_forgets_for_a_moment_is_not_gone() -> None:
+    farewell = Farewell("w-0", 0.0, TIMEOUT_S)
+    nobody, known = make_loads({}), make_loads({"w-0": DRAINING})
+    for now in range(0, 90, 15):
+        assert not farewell.is_over(nobody, now)
+        assert not farewell.is_over(nobody, now + 9)
+        assert not farewell.is_over(known, now + 11)
+    assert not farewell.is_over(nobody, 85.0)
+    assert farewell.is_over(nobody, 95.0)
