@@ -16,7 +16,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import running_scheduler
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.release import (
+from tests.cluster.worker_sets import (
     CONTROLLER_RULES,
     account,
     events,

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.programs import Program
-from tests.cluster.release import (
+from tests.cluster.worker_sets import (
     CONTROLLER_RULES,
     LEASE,
     account,

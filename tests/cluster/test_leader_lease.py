@@ -17,7 +17,7 @@ from services.scheduler.leadership import Leadership
 from services.scheduler.service import RunningScheduler, running_scheduler
 from tests.cluster.control_plane import ControlPlane, running_control_plane
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.release import account, holder, in_namespace, lease_rules
+from tests.cluster.worker_sets import account, holder, in_namespace, lease_rules
 from tests.fakes.scheduler_peers import make_description, registered_worker
 
 NAME = "scheduler-leader"
