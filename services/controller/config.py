@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from services.common.tls import TlsFlags
 
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
@@ -37,6 +41,8 @@ class ControllerConfig:
 
     health_port: int | None = None
     """Port of grpc.health.v1 on all addresses, without TLS, for probes. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

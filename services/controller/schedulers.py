@@ -11,6 +11,7 @@ import grpc
 from grpc import aio
 
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 from services.controller.loads import Loads, merge
 from services.controller.metrics import ControllerMetrics
@@ -23,8 +24,10 @@ _TIMEOUT_S = 2.0
 class Schedulers:
     """Owns a channel to each. Calls go to all of them at once; who does not answer is left out."""
 
-    def __init__(self, addresses: Iterable[str], metrics: ControllerMetrics) -> None:
-        self._channels = {address: open_channel(address) for address in addresses}
+    def __init__(
+        self, addresses: Iterable[str], metrics: ControllerMetrics, tls: PeerTls | None = None
+    ) -> None:
+        self._channels = {address: open_channel(address, tls) for address in addresses}
         self._stubs = {
             address: pb_grpc.SchedulerServiceStub(channel)
             for address, channel in self._channels.items()
@@ -33,10 +36,10 @@ class Schedulers:
         self._silent: set[str] = set()
 
     @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """Close the channels when the block ends."""
+    async def connected(self) -> AsyncIterator[Schedulers]:
+        """Itself; its channels are closed when the block ends."""
         try:
-            yield
+            yield self
         finally:
             for channel in self._channels.values():
                 await channel.close()

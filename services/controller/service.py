@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from services.common.kubernetes_api import open_kubernetes
 from services.common.kubernetes_lease import KubernetesLease
 from services.common.metrics import metrics_server
+from services.common.peer_tls import expiry_metrics, peer_tls
 from services.common.rpc import running_server
 from services.controller.candidacy import Candidacy
 from services.controller.cluster import Cluster
@@ -23,9 +24,11 @@ from services.controller.schedulers import Schedulers
 async def running_controller(config: ControllerConfig) -> AsyncIterator[ControllerMetrics]:
     """Look after the release until the block ends. Raises ValueError and OSError."""
     metrics = ControllerMetrics()
-    api = await open_kubernetes(config.kubeconfig)
-    schedulers = Schedulers(config.scheduler, metrics)
-    async with contextlib.aclosing(api), schedulers.connected():
+    async with (
+        peer_tls(config.tls) as tls,
+        contextlib.aclosing(await open_kubernetes(config.kubeconfig)) as api,
+        Schedulers(config.scheduler, metrics, tls).connected() as schedulers,
+    ):
         controller = Controller(
             Follower(api, config.release),
             Cluster(api, metrics, socket.gethostname()),
@@ -35,7 +38,7 @@ async def running_controller(config: ControllerConfig) -> AsyncIterator[Controll
             force_delete_after_s=config.force_delete_after_s,
         )
         async with (
-            metrics_server(config.metrics_port, metrics.registry),
+            metrics_server(config.metrics_port, metrics.registry, *expiry_metrics(tls)),
             _health(config.health_port),
             controller.running(),
         ):

@@ -25,6 +25,11 @@ def names_all(target: str) -> bool:
     return True
 
 
+def host_of(target: str) -> str:
+    """The name in a target that stands for all of its addresses."""
+    return _split(target)[0]
+
+
 def _split(target: str) -> tuple[str, int]:
     host, _, port = target.removeprefix(_PREFIX).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= 65535:

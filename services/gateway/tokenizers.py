@@ -30,11 +30,13 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
 )
 from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
+from services.common.peer_tls import PeerTls
 from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
 from services.gateway.replica_names import (
     LOOK_UP_INTERVAL_S,
     Resolve,
     follow_name,
+    host_of,
     names_all,
     resolve,
 )
@@ -62,11 +64,18 @@ _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 class TokenizerReplica:
     """One tokenizer: its channel and what it said about itself, None while unreachable."""
 
-    def __init__(self, address: str, answered: asyncio.Event) -> None:
-        """`answered` is set whenever it can be used again."""
+    def __init__(
+        self,
+        address: str,
+        answered: asyncio.Event,
+        tls: PeerTls | None = None,
+        host: str | None = None,
+    ) -> None:
+        """`answered` is set whenever it can be used again. `host` is whose address it is, where
+        that is not in the address."""
         self.address = address
         self._answered = answered
-        self.channel = open_channel(address)
+        self.channel = open_channel(address, tls, host)
         self.stub = TokenizerServiceStub(self.channel)
         self.info: GetTokenizerInfoResponse | None = None
         self._check_now = asyncio.Event()
@@ -124,6 +133,7 @@ class TokenizerPool:
         addresses: Iterable[str],
         identity: Callable[[], PoolIdentity | None],
         wait_s: float = _WAIT_S,
+        tls: PeerTls | None = None,
         resolve: Resolve = resolve,
         name_interval_s: float = LOOK_UP_INTERVAL_S,
     ) -> None:
@@ -131,10 +141,11 @@ class TokenizerPool:
         self._answered = asyncio.Event()
         listed = list(addresses)
         self._names = [target for target in listed if names_all(target)]
+        self._tls = tls
         self._resolve = resolve
         self._name_interval_s = name_interval_s
         self._replicas = [
-            TokenizerReplica(address, self._answered)
+            TokenizerReplica(address, self._answered, tls)
             for address in listed
             if address not in self._names
         ]
@@ -152,7 +163,7 @@ class TokenizerPool:
         for replica in self._replicas:
             self._followers[replica] = asyncio.create_task(replica.follow())
         for name in self._names:
-            update = _OneName(self).update
+            update = _OneName(self, host_of(name)).update
             self._start(follow_name(name, update, self._resolve, interval_s=self._name_interval_s))
         try:
             yield
@@ -164,9 +175,9 @@ class TokenizerPool:
             for replica in self._replicas:
                 await replica.channel.close()
 
-    def add(self, address: str) -> TokenizerReplica:
-        """A replica that was not there before."""
-        replica = TokenizerReplica(address, self._answered)
+    def add(self, address: str, host: str) -> TokenizerReplica:
+        """A replica that was not there before, at an address of the host."""
+        replica = TokenizerReplica(address, self._answered, self._tls, host)
         self._replicas.append(replica)
         self._followers[replica] = asyncio.create_task(replica.follow())
         return replica
@@ -315,15 +326,16 @@ class TokenizerPool:
 class _OneName:
     """The replicas of a pool that one name stands for."""
 
-    def __init__(self, pool: TokenizerPool) -> None:
+    def __init__(self, pool: TokenizerPool, host: str) -> None:
         self._pool = pool
+        self._host = host
         self._replicas: dict[str, TokenizerReplica] = {}
 
     def update(self, addresses: frozenset[str]) -> None:
         for address in self._replicas.keys() - addresses:
             self._pool.remove(self._replicas.pop(address))
         for address in addresses - self._replicas.keys():
-            self._replicas[address] = self._pool.add(address)
+            self._replicas[address] = self._pool.add(address, self._host)
 
 
 async def _close_later(replica: TokenizerReplica) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
+from services.common.peer_tls import peer_tls
 from services.controller.metrics import ControllerMetrics
 from services.controller.schedulers import Schedulers
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import running_scheduler
+from tests.fakes.certificates import Authority, files_of
 from tests.fakes.gateway_stack import until
 from tests.fakes.scheduler_peers import make_description, registered_worker
 
@@ -68,3 +71,16 @@ async def test_without_an_answer_nothing_is_known() -> None:
         assert await schedulers.loads() is None
         assert await schedulers.drain("w0", "test", [NOBODY]) == set()
         assert metrics.value("drains_total") == 0
+
+
+async def test_a_scheduler_that_wants_certificates_is_shown_one(tmp_path: Path) -> None:
+    authority = Authority()
+    theirs = files_of(tmp_path / "scheduler", authority)
+    ours = files_of(tmp_path / "controller", authority)
+    config = SchedulerConfig(listen="localhost:0", tls=theirs.flags())
+    async with running_scheduler(config, grace_s=0.0) as running, peer_tls(ours.flags()) as tls:
+        address = f"localhost:{running.server.port}"
+        async with Schedulers([address], ControllerMetrics(), tls).connected() as schedulers:
+            assert await schedulers.loads() is not None
+        async with Schedulers([address], ControllerMetrics()).connected() as schedulers:
+            assert await schedulers.loads() is None
