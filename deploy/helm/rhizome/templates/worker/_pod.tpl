@@ -10,8 +10,8 @@ workers, whoever makes the pods.
       "listen" (printf "0.0.0.0:%d" $port) "advertise_address" (printf "$(POD_IP):%d" $port)
       "health_port" (add1 $port) "metrics_port" (add $port 2)
       "scheduler" (include "rhizome.schedulers" $root) "worker_id" "$(POD_NAME)"
-      "role" $group.role "device" $group.device "served_model_name" $group.model.name
-      "kernel_cache_dir" "/kernels" -}}
+      "role" $group.role "device" $group.device "served_model_name" $group.model.name -}}
+{{- if eq $group.device "cuda" }}{{ $_ := set $fields "kernel_cache_dir" "/kernel-cache" }}{{ end -}}
 {{- with $group.model.path }}{{ $_ := set $fields "model_path" . }}{{ end -}}
 {{- with $root.Values.chatTemplate }}{{ $_ := set $fields "chat_template" . }}{{ end -}}
 {{- with $group.labels -}}
@@ -49,14 +49,30 @@ spec:
   {{- end }}
   # The longest drain, and what is left to close.
   terminationGracePeriodSeconds: {{ add (ceil $group.config.drain_timeout_s) 30 }}
-  {{- if eq $group.model.kind "hub" }}
+  {{- $image := include "rhizome.image" (list $root (eq $group.device "cpu" | ternary "worker-cpu" "worker") $group.image) }}
+  {{- if or (eq $group.model.kind "hub") (eq $group.device "cuda") }}
   initContainers:
+    {{- if eq $group.device "cuda" }}
+    # The kernels that the image ships, where new ones may join them. Replaced, not overwritten: with
+    # a cache on the node another worker may be running those that are there.
+    - name: copy-kernels
+      image: {{ $image }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: [cp, --recursive, --remove-destination, /kernels/., /kernel-cache]
+      securityContext:
+        {{- include "rhizome.containerSecurity" $root | nindent 8 }}
+      volumeMounts:
+        - name: kernels
+          mountPath: /kernel-cache
+    {{- end }}
+    {{- if eq $group.model.kind "hub" }}
     -
       {{- include "rhizome.modelDownload" (dict "root" $root "model" $group.model "filesOnly" false) | nindent 6 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: worker
-      image: {{ include "rhizome.image" (list $root (eq $group.device "cpu" | ternary "worker-cpu" "worker") $group.image) }}
+      image: {{ $image }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       {{- if or $group.lws $group.args }}
       args:
@@ -141,8 +157,10 @@ spec:
         {{- include "rhizome.mounts" (dict "root" $root "values" $group) | nindent 8 }}
         - name: shm
           mountPath: /dev/shm
+        {{- if eq $group.device "cuda" }}
         - name: kernels
-          mountPath: /kernels
+          mountPath: /kernel-cache
+        {{- end }}
         {{- with include "rhizome.modelMount" (dict "model" $group.model) | trim }}
         {{- . | nindent 8 }}
         {{- end }}
@@ -152,6 +170,7 @@ spec:
       emptyDir:
         medium: Memory
         sizeLimit: {{ $group.shmSize }}
+    {{- if eq $group.device "cuda" }}
     - name: kernels
       {{- with $root.Values.worker.kernelCacheHostPath }}
       hostPath:
@@ -160,6 +179,7 @@ spec:
       {{- else }}
       emptyDir: {}
       {{- end }}
+    {{- end }}
     {{- with include "rhizome.modelVolume" (dict "root" $root "model" $group.model "filesOnly" false) | trim }}
     {{- . | nindent 4 }}
     {{- end }}
