@@ -28,7 +28,13 @@ CONFIGS = {
     "worker": "WorkerConfig",
 }
 # Fields that templates fill from other values, or from what they make.
-_OF_ALL = {"health_port", "metrics_port", "log_format", "otlp_traces_endpoint", "trace_sample_ratio"}
+_OF_ALL = {
+    "health_port",
+    "metrics_port",
+    "log_format",
+    "otlp_traces_endpoint",
+    "trace_sample_ratio",
+}
 _OF_ALL |= {"tls_cert_file", "tls_key_file", "tls_ca_file", "tls_server_name"}
 SET_BY_THE_CHART = {
     "gateway": _OF_ALL

@@ -34,21 +34,13 @@ imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 args:
   - download
   - {{ .model.repo | quote }}
-  - --revision
-  - {{ .model.revision | quote }}
-  - --local-dir
-  - {{ .model.path | quote }}
-{{- range $pattern := list "*.json" "*.jinja" "*.model" "merges.txt" }}
-  - --include
-  - {{ $pattern | quote }}
-{{- end }}
-{{- if not .filesOnly }}
-  - --include
-  - "*.safetensors"
+  - {{ printf "--revision=%s" .model.revision | quote }}
+  - {{ printf "--local-dir=%s" .model.path | quote }}
+{{- range $pattern := concat (list "*.json" "*.jinja" "*.model" "merges.txt") (.filesOnly | ternary list (list "*.safetensors")) }}
+  - {{ printf "--include=%s" $pattern | quote }}
 {{- end }}
 env:
-  - name: HOME
-    value: /tmp
+  - {name: HOME, value: /tmp}
 {{- with $cache.endpoint }}
   - name: HF_ENDPOINT
     value: {{ . | quote }}
@@ -67,10 +59,8 @@ resources:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 volumeMounts:
-  - name: tmp
-    mountPath: /tmp
-  - name: models
-    mountPath: /models
+  - {name: tmp, mountPath: /tmp}
+  - {name: models, mountPath: /models}
 {{- end }}
 
 {{- define "rhizome.modelMount" -}}

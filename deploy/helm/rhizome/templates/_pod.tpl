@@ -88,29 +88,22 @@ Fields are those of the service's configuration; `fields` is what the chart deci
 {{- $_ := set $fields "tls_server_name" (include "rhizome.serverName" .root) -}}
 {{- end -}}
 {{- $fields = merge (deepCopy .fields) $fields (.config | default dict) -}}
-- name: HOME
-  value: /tmp
-- name: POD_NAME
-  valueFrom: {fieldRef: {fieldPath: metadata.name}}
-- name: POD_IP
-  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+- {name: HOME, value: /tmp}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- range $key := keys $fields | sortAlpha }}
 {{- $value := get $fields $key }}
 {{- if kindIs "slice" $value }}{{ $value = join " " $value }}{{ end }}
 {{- if not (kindIs "invalid" $value) }}
-- name: {{ printf "RHIZOME__%s__%s" $.service $key | upper }}
-  value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}
+- {name: {{ printf "RHIZOME__%s__%s" $.service $key | upper }}, value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}}
 {{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "rhizome.mounts" -}}
-- name: tmp
-  mountPath: /tmp
+- {name: tmp, mountPath: /tmp}
 {{- if .root.Values.tls.enabled }}
-- name: tls
-  mountPath: /etc/rhizome/tls
-  readOnly: true
+- {name: tls, mountPath: /etc/rhizome/tls, readOnly: true}
 {{- end }}
 {{- with .values.extraVolumeMounts }}
 {{ toYaml . }}

@@ -121,12 +121,12 @@ spec:
         {{- $names := list "grpc" "health" "metrics" }}
         {{- if $group.spans }}{{ $names = append $names "nccl" }}{{ end }}
         {{- range $offset, $name := $names }}
-        - name: {{ $name }}
-          containerPort: {{ add $port $offset }}
-          {{- if $group.hostNetwork }}
-          # Declared, so that no two pods that want it are put on one node.
-          hostPort: {{ add $port $offset }}
-          {{- end }}
+        {{- if $group.hostNetwork }}
+        {{- /* hostPort: the scheduler puts no two pods that want it on one node. */}}
+        - {name: {{ $name }}, containerPort: {{ add $port $offset }}, hostPort: {{ add $port $offset }}}
+        {{- else }}
+        - {name: {{ $name }}, containerPort: {{ add $port $offset }}}
+        {{- end }}
         {{- end }}
       # Serving: loaded, all ranks took part in a step, a scheduler took it. No liveness probe: a
       # worker whose engine or ranks are gone or hang ends by itself.
