@@ -53,18 +53,18 @@ def helm(*args: str | Path, stdin: str | None = None) -> str:
     return result.stdout
 
 
-def template(
-    values: Mapping[str, Any] | Path | None = None,
-    *flags: str,
-    release: str = "rhizome",
-    namespace: str = "llm",
-) -> str:
-    """The manifests as text."""
-    file = values if isinstance(values, Path) else "-"
+def template(values: Mapping[str, Any] | Path | None = None, *flags: str) -> str:
+    """The manifests of a release `rhizome` in the namespace `llm`, as text."""
+    text = values.read_text() if isinstance(values, Path) else yaml.safe_dump(dict(values or {}))
+    return _rendered(text, flags)
+
+
+@functools.cache
+def _rendered(values: str, flags: tuple[str, ...]) -> str:
     return helm(
-        *("template", release, CHART, "--namespace", namespace, "--kube-version", KUBE_VERSION),
-        *("--values", file, *flags),
-        stdin=None if isinstance(values, Path) else yaml.safe_dump(dict(values or {})),
+        *("template", "rhizome", CHART, "--namespace", "llm", "--kube-version", KUBE_VERSION),
+        *("--values", "-", *flags),
+        stdin=values,
     )
 
 
@@ -141,9 +141,9 @@ class Pod(NamedTuple):
         return {port["name"]: port["containerPort"] for port in self.container["ports"]}
 
 
-def render(values: Mapping[str, Any] | Path | None = None, *flags: str, **named: str) -> Manifests:
+def render(values: Mapping[str, Any] | Path | None = None, *flags: str) -> Manifests:
     """The objects that these values make."""
-    return Manifests(template(values, *flags, **named))
+    return Manifests(template(values, *flags))
 
 
 def group(**values: Any) -> dict[str, Any]:
