@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults check protos
+.PHONY: install demo serve test test-faults check protos chart-examples
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -38,3 +38,7 @@ check: install
 
 protos: install
 	protos/generate.sh rhizome
+
+# What the Helm chart's examples render to, after a change of a template: look at the difference.
+chart-examples: install
+	$(BIN)/python -m tests.chart.examples

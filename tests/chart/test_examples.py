@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from services.common.config import parse_config
+from services.common.tenants import read_tenants
+from services.gateway.api_keys import parse_keys
+from services.scheduler.pools import read_declarations
 from tests.chart.examples import rendered
 from tests.chart.rendering import CHART, EXAMPLES, Manifests, Pod, helm, render, scenarios
 from tests.chart.services import SERVICES, config_fields, config_type
@@ -91,6 +95,21 @@ def test_what_an_example_sets_is_what_the_services_read(
                 assert prefix == f"RHIZOME__{service.upper()}"
                 assert field.lower() in known, f"{service} has no {field.lower()}"
                 assert read[field.lower()] is not None
+
+
+def test_files_of_an_example_are_what_the_services_read(scenario: str, tmp_path: Path) -> None:
+    readers = {
+        "tenants.json": read_tenants,
+        "pools.json": read_declarations,
+        "api-keys.json": lambda path: parse_keys([path.read_bytes()]),
+    }
+    everything = manifests(scenario)
+    for kind, part in (("ConfigMap", "data"), ("Secret", "stringData")):
+        for entry in everything.of_kind(kind).values():
+            for name, text in entry.get(part, {}).items():
+                (tmp_path / name).write_text(text)
+                # Raises ValueError where it is wrong.
+                assert readers[name](tmp_path / name)
 
 
 def test_no_container_may_do_more_than_it_must(scenario: str) -> None:

@@ -162,10 +162,10 @@ def test_no_keys_means_no_file_of_keys() -> None:
 
 
 def test_tenants_reach_gateways_and_schedulers_and_a_change_restarts_both() -> None:
-    before = render({"tenants": {"tenants": {"a": {"weight": 2}}}})
-    after = render({"tenants": {"tenants": {"a": {"weight": 3}}}})
+    before = render({"tenants": {"a": {"weight": 2}}})
+    after = render({"tenants": {"a": {"weight": 3}}})
     config = before.get("ConfigMap", "rhizome-config")["data"]
-    assert json.loads(config["tenants.json"]) == {"tenants": {"a": {"weight": 2}}}
+    assert json.loads(config["tenants.json"]) == {"a": {"weight": 2}}
     for name in ("rhizome-gateway", "rhizome-scheduler"):
         old, new = (each.pod(name).metadata["annotations"] for each in (before, after))
         assert old["checksum/config"] != new["checksum/config"]
