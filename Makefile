@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults cluster-tools test-cluster test-clients check protos clients
+.PHONY: install demo serve test test-faults cluster-tools test-cluster test-clients check protos clients chart-examples
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -54,3 +54,7 @@ protos: install
 # The code of the Go and TypeScript clients; needs go and npm.
 clients: install
 	clients/generate.sh clients
+
+# What the Helm chart's examples render to, after a change of a template: look at the difference.
+chart-examples: install
+	$(BIN)/python -m tests.chart.examples
