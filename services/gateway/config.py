@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
 from services.common.tls import TlsFlags
+from services.gateway.replica_names import names_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,8 @@ class GatewayConfig:
     """gRPC target of a scheduler, preferred first; give the flag again for each replica."""
 
     tokenizers: tuple[str, ...]
-    """gRPC target of a tokenizer; give the flag again for each replica."""
+    """gRPC target of a tokenizer; give the flag again for each replica, or once
+    `dns+all:host:port` for all addresses that a name has, as they change."""
 
     host: str = "127.0.0.1"
     """Address to serve HTTP on."""
@@ -83,6 +85,8 @@ class GatewayConfig:
             raise ValueError("schedulers must name at least one target")
         if not self.tokenizers:
             raise ValueError("tokenizers must name at least one target")
+        for target in self.tokenizers:
+            names_all(target)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be in [0, 65535], got {self.port}")
         for name in ("max_body_bytes", "max_inflight_requests", "max_client_buffer_bytes"):

@@ -27,7 +27,7 @@ from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.policy import PlacementRequest, Policy, Query
 from services.scheduler.pools import Pool, PoolIdentity, PoolSet
-from services.scheduler.queue import Ticket
+from services.scheduler.queue import PoolQueue, Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
 from services.scheduler.views import Load, Worker, WorkerView
@@ -92,6 +92,10 @@ class Placer:
     def position(self, ticket: Ticket) -> int:
         """Requests probably placed before it; 0 while it is not queued."""
         return self._waiting.position(ticket)
+
+    def queue(self, pool: Pool) -> PoolQueue:
+        """What waits in a pool, for those who look."""
+        return self._waiting.backlog(pool).queue
 
     # Requests
 

@@ -18,6 +18,7 @@ from services.scheduler.index_client import IndexClient, WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.placement import Placer
 from services.scheduler.policy import PlacementRequest
+from services.scheduler.pool_load import PoolLoads
 from services.scheduler.pools import (
     OUR_PROTOCOL,
     Mismatch,
@@ -52,6 +53,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         metrics: SchedulerMetrics,
         index: IndexClient | None,
         lease_s: float,
+        loads: PoolLoads,
     ) -> None:
         self._placer = placer
         self._table = table
@@ -60,6 +62,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._metrics = metrics
         self._index = index
         self._lease_s = lease_s
+        self._loads = loads
 
     async def Schedule(self, request: pb.ScheduleRequest, context: Any) -> None:  # type: ignore[override]
         await self._schedule(request, context.write)
@@ -120,6 +123,11 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._table.drain(request.worker_id, request.reason)
         logger.info("event=worker_drain worker=%s reason=%r", request.worker_id, request.reason)
         return pb.DrainWorkerResponse()
+
+    async def GetPoolLoad(
+        self, request: pb.GetPoolLoadRequest, context: Any
+    ) -> pb.GetPoolLoadResponse:
+        return pb.GetPoolLoadResponse(pools=map(wire.pool_load_message, self._loads.read()))
 
     async def _schedule(self, message: pb.ScheduleRequest, answer: Answer) -> None:
         try:

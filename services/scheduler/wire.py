@@ -19,6 +19,7 @@ from services.scheduler.accounting import Outcome
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.endpoints import PoolLimits, WorkerTable
 from services.scheduler.policy import PlacementRequest
+from services.scheduler.pool_load import PoolLoad
 from services.scheduler.pools import Mismatch, PoolIdentity, PoolSet, ProtocolRange
 from services.scheduler.reservations import Reservation
 from services.scheduler.views import Load, Worker, WorkerRole, WorkerState, WorkerView
@@ -224,6 +225,27 @@ def table_response(table: WorkerTable, pools: PoolSet) -> pb.WatchWorkersRespons
         ],
         awaited_models=[
             pool.name for pool in pools.pools if pool.identity is None and pool.name is not None
+        ],
+    )
+
+
+def pool_load_message(load: PoolLoad) -> pb.PoolLoad:
+    """What is not known is left unset."""
+    return pb.PoolLoad(
+        model=load.model,
+        num_queued=load.num_queued,
+        oldest_queued=_duration(load.oldest_queued_s),
+        saturation=load.saturation,
+        kv_used_ratio=load.kv_used_ratio,
+        workers=[
+            pb.WorkerLoad(
+                worker_id=view.worker_id,
+                state=_STATES[view.state],
+                num_running=view.load.num_running,
+                num_waiting=view.load.num_waiting,
+                num_promised=view.charge.num_sequences,
+            )
+            for view in load.workers
         ],
     )
 
