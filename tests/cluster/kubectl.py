@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,16 +110,6 @@ class Helm:
         return run([*command, tool("helm"), *where, *arguments], timeout_s=timeout_s)
 
 
-def helm_template(chart: Path, *arguments: str, home: Path | None = None) -> str:
+def helm_template(chart: Path, *arguments: str) -> str:
     """The chart's manifests, rendered without a cluster."""
-    environment = {**os.environ, "HELM_CACHE_HOME": str(home)} if home else None
-    result = subprocess.run(
-        [tool("helm"), "template", "rhizome", str(chart), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if result.returncode:
-        raise CommandError(result.stderr)
-    return result.stdout
+    return run([tool("helm"), "template", "rhizome", str(chart), *arguments])

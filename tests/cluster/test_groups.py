@@ -83,7 +83,7 @@ def test_deleting_a_rank_restarts_its_group_and_no_other(
     (event,) = (
         event
         for event in kubectl.get("events")["items"]
-        if event["reason"] == "GroupRestarted" and event["involvedObject"]["name"] == lost
+        if event["reason"] == "RanksRestarted" and event["involvedObject"]["name"] == lost
     )
     assert f"{lost}-{rank}" in event["message"]
     assert "orbidden" not in controller(running)
