@@ -13,6 +13,14 @@ from tests.cluster.programs import missing_tools
 from tests.cluster.releases import Release, empty_release, namespace
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests here are `cluster` tests; `make test` has none of them."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A running cluster of `tests.cluster.nodes.NODES`."""

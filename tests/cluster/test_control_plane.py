@@ -16,8 +16,6 @@ from tests.cluster.nodes import NODES, NUM_GPUS
 from tests.cluster.programs import until
 from tests.e2e.system import ROOT
 
-pytestmark = pytest.mark.cluster
-
 
 def pod(name: str, **spec: Any) -> dict[str, Any]:
     container = {"name": "main", "image": "none", **spec.pop("container", {})}

@@ -11,8 +11,6 @@ from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubectl import helm_template
 from tests.cluster.releases import CHART
 
-pytestmark = pytest.mark.cluster
-
 EXAMPLES = sorted(path.parent.name for path in CHART.glob("examples/*/values.yaml"))
 # Kinds that other people's controllers bring; their schemas are looked at elsewhere.
 FOREIGN = {

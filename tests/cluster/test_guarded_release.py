@@ -13,7 +13,6 @@ from tests.cluster.network import missing_rights
 from tests.fakes.redis_process import needs_redis
 
 pytestmark = [
-    pytest.mark.cluster,
     pytest.mark.timeout(300),
     pytest.mark.skipif(bool(missing_rights()), reason=missing_rights()),
     needs_redis,

@@ -12,8 +12,6 @@ from tests.cluster.kubectl import CommandError, Object, ready
 from tests.cluster.nodes import NUM_GPUS, PLACES, RACK_LABEL
 from tests.cluster.releases import NAME, Release
 
-pytestmark = pytest.mark.cluster
-
 
 def environment(pod: Object) -> dict[str, Any]:
     """Of the pod's only container: values, or where they come from."""

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.releases import Release
-
-pytestmark = pytest.mark.cluster
 
 # (resource, names, verbs); every authenticated user may ask who it is besides.
 EVERYONES = {

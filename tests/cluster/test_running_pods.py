@@ -21,7 +21,6 @@ from tests.cluster.network import missing_rights
 from tests.cluster.programs import until
 
 pytestmark = [
-    pytest.mark.cluster,
     pytest.mark.timeout(300),
     pytest.mark.skipif(bool(missing_rights()), reason=missing_rights()),
 ]

@@ -23,7 +23,6 @@ from tests.cluster.programs import until
 from tests.faults.streams import assert_same, longest_gap_s, run_streams
 
 pytestmark = [
-    pytest.mark.cluster,
     pytest.mark.timeout(300),
     pytest.mark.skipif(bool(missing_rights()), reason=missing_rights()),
 ]
