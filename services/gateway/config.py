@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.gateway.replica_names import names_all
 
@@ -66,6 +67,9 @@ class GatewayConfig:
     shutdown_grace_s: float = 30.0
     """Time that running requests then get to finish."""
 
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics too, which the HTTP port always does.
+    Default: none."""
     health_port: int | None = None
     """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
     no TLS. Default: none."""
@@ -76,6 +80,9 @@ class GatewayConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Die when this process, the parent, dies."""

@@ -212,14 +212,21 @@ class TokenizerPool:
         return None if replica is None else replica.info
 
     async def tokenize(
-        self, inputs: Sequence[TokenizeInput], namespace: str, page_size: int
+        self,
+        inputs: Sequence[TokenizeInput],
+        namespace: str,
+        page_size: int,
+        traceparent: str = "",
     ) -> Sequence[TokenizedInput]:
         """Encode and hash.
 
         Raises InvalidRequestError for what a template refuses, and for prompts that are too long
         for a message.
         """
-        request = TokenizeRequest(inputs=inputs, namespace=namespace, page_size=page_size)
+        # In metadata the context would cost ten times as much.
+        request = TokenizeRequest(
+            inputs=inputs, namespace=namespace, page_size=page_size, traceparent=traceparent
+        )
         num_bytes = request.ByteSize()
         if num_bytes > MAX_MESSAGE_BYTES:
             raise InvalidRequestError(

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from services.common.policies import PolicyName
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
@@ -97,6 +98,9 @@ class SchedulerConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Exit when this process, the parent, does."""

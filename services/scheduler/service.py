@@ -17,6 +17,8 @@ from services.common.lease import Lease
 from services.common.peer_tls import PeerTls, peer_tls, server_credentials
 from services.common.rpc import RunningServer, open_channel, running_server
 from services.common.shared_store import SharedStore
+from services.common.spans import Tracer
+from services.common.telemetry import running_tracer
 from services.common.tenants import read_tenants
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.endpoints import WorkerTable
@@ -60,11 +62,12 @@ async def running_scheduler(
     async with (
         peer_tls(config.tls) as tls,
         index_client(_index_channel(config, tls), metrics, match_deadline_s) as index,
+        running_tracer(config.telemetry, "scheduler") as tracer,
     ):
         table = WorkerTable(config.lease_s)
         watch = TableWatch(table, pools)
         table.on_change = watch.notify
-        placer, servicer = _assemble(config, pools, table, watch, metrics, index)
+        placer, servicer = _assemble(config, pools, table, watch, metrics, index, tracer)
 
         def add(server: aio.Server) -> None:
             pb_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
@@ -99,6 +102,7 @@ def _assemble(
     watch: TableWatch,
     metrics: SchedulerMetrics,
     index: IndexClient | None,
+    tracer: Tracer,
 ) -> tuple[Placer, SchedulerServicer]:
     rng = random.Random()
     clock = time.monotonic
@@ -126,7 +130,9 @@ def _assemble(
     )
     loads = PoolLoads(pools, table, placer.queue, clock)
     metrics.registry.register(PoolLoadCollector(loads))
-    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s, loads)
+    servicer = SchedulerServicer(
+        placer, table, pools, watch, metrics, index, config.lease_s, loads, tracer
+    )
     return placer, servicer
 
 

@@ -51,7 +51,9 @@ _WORKER_FAILURES = frozenset(
 _NO_ROOM = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
-def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
+def placement_request(
+    message: pb.ScheduleRequest, exemplar: dict[str, str] | None = None
+) -> PlacementRequest:
     """Raises InvalidRequestError."""
     if not message.request_id:
         raise InvalidRequestError("request_id must not be empty", "request_id")
@@ -73,6 +75,7 @@ def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
         num_losses=message.num_losses,
         excluded_worker_ids=frozenset(message.excluded_worker_ids),
         session=(message.tenant, message.session_id) if message.session_id else None,
+        exemplar=exemplar,
     )
 
 

@@ -67,6 +67,7 @@ class ScheduleRequest(_message.Message):
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NUM_LOSSES_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the placements of this request, from 0."""
@@ -89,6 +90,8 @@ class ScheduleRequest(_message.Message):
     """Workers that died while they ran it. From 2 on it may be what kills them,
     and gets a worker where no other such request is.
     """
+    traceparent: _builtins.str
+    """W3C trace context; empty means none, or that of Schedule's metadata."""
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Chained hashes of the prompt's full pages."""
@@ -120,10 +123,11 @@ class ScheduleRequest(_message.Message):
         excluded_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
         num_losses: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_arrival", b"first_arrival", "remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_losses", b"num_losses", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_losses", b"num_losses", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
