@@ -43,7 +43,8 @@ class WorkerConfig(EngineFlags):
     """Longest time that running sequences get to finish after SIGTERM."""
 
     metrics_port: int | None = None
-    """Port that serves Prometheus metrics at /metrics, on host 0. Default: none."""
+    """Port that serves Prometheus metrics at /metrics; on hosts above 0 those of the process.
+    Default: none."""
 
     health_port: int | None = None
     """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
@@ -71,8 +72,6 @@ class WorkerConfig(EngineFlags):
                 "advertise_address must say how others reach a worker that listens on "
                 f"{self.listen}"
             )
-        if self.metrics_port is not None and self.node_rank > 0:
-            raise ValueError(f"metrics_port is for host 0, this is host {self.node_rank}")
         for label in self.label:
             if not label.partition("=")[1]:
                 raise ValueError(f"label must be key=value, got {label!r}")
