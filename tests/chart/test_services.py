@@ -294,6 +294,14 @@ def test_routes_do_not_cut_or_hold_streams() -> None:
     assert ("GRPCRoute", "rhizome-gateway") not in manifests
 
 
+@pytest.mark.parametrize(
+    ("edge", "protocols"), [("", ["http", "kubernetes.io/h2c"]), ("e", ["https", "https"])]
+)
+def test_the_gateways_service_says_what_it_speaks(edge: str, protocols: list[str]) -> None:
+    service = render({"gateway": {"tls": {"secretName": edge}}}).get("Service", "rhizome-gateway")
+    assert [port["appProtocol"] for port in service["spec"]["ports"]] == protocols
+
+
 def test_a_route_without_a_gateway_is_refused() -> None:
     with pytest.raises(HelmError, match="parentRefs must name a Gateway"):
         template({"gatewayApi": {"enabled": True}})
