@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120, 400)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 8)
@@ -92,5 +91,25 @@ class GatewayMetrics:
             registry=registry,
         )
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    def observe_times(
+        self,
+        model: str,
+        *,
+        latency_s: float,
+        first_token_s: float | None,
+        decode_s: float,
+        num_decoded: int,
+        exemplar: dict[str, str] | None,
+    ) -> None:
+        """A prompt has ended; `num_decoded` tokens of its longest choice came after the first."""
+        self.request_latency.labels(model).observe(latency_s, exemplar)
+        if first_token_s is None:
+            return
+        self.time_to_first_token.labels(model).observe(first_token_s, exemplar)
+        if num_decoded > 0:
+            self.time_per_output_token.labels(model).observe(decode_s / num_decoded, exemplar)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Everything, and its content type, in the form that an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

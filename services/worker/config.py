@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.engine_flags import EngineFlags
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.worker.engine.options import EngineOptions
 
@@ -53,6 +54,9 @@ class WorkerConfig(EngineFlags):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Process to die with; set by the launcher."""
@@ -109,6 +113,7 @@ class WorkerConfig(EngineFlags):
             quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
+            log_format=self.telemetry.log_format,
             profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,

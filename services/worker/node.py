@@ -41,7 +41,13 @@ class NodeRank:
     async def start(cls, rank: int, options: EngineOptions) -> NodeRank:
         """Start the rank, which then looks for rank 0."""
         reading, writing = os.pipe()
-        spec = FollowerSpec(rank=rank, parent_pid=os.getpid(), options=options, ready_fd=writing)
+        spec = FollowerSpec(
+            rank=rank,
+            parent_pid=os.getpid(),
+            log_format=options.log_format,
+            options=options,
+            ready_fd=writing,
+        )
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", FOLLOWER_MODULE, encode_message(spec).decode()),
