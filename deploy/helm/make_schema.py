@@ -29,22 +29,21 @@ CONFIGS = {
 }
 # Fields that templates fill from other values, or from what they make.
 _OF_ALL = {
-    "health_port",
-    "metrics_port",
-    "log_format",
-    "otlp_traces_endpoint",
-    "trace_sample_ratio",
+    *("health_port", "metrics_port", "log_format"),
+    *("tls_cert_file", "tls_key_file", "tls_ca_file", "tls_server_name"),
 }
-_OF_ALL |= {"tls_cert_file", "tls_key_file", "tls_ca_file", "tls_server_name"}
+_TRACES = {"otlp_traces_endpoint", "trace_sample_ratio"}
 SET_BY_THE_CHART = {
     "gateway": _OF_ALL
+    | _TRACES
     | {"host", "port", "grpc_listen", "gateway_id", "schedulers", "tokenizers", "tenants"}
     | {"redis_url", "api_keys", "admin_api_key", "ssl_certfile", "ssl_keyfile"},
-    "tokenizer": _OF_ALL | {"listen", "model_path", "chat_template"},
-    "scheduler": _OF_ALL | {"listen", "cache_index", "leader_lease", "tenants", "pools"},
-    "cache_index": _OF_ALL | {"listen", "scheduler"},
+    "tokenizer": _OF_ALL | _TRACES | {"listen", "model_path", "chat_template"},
+    "scheduler": _OF_ALL | _TRACES | {"listen", "cache_index", "leader_lease", "tenants", "pools"},
+    "cache_index": _OF_ALL | _TRACES | {"listen", "scheduler"},
     "controller": _OF_ALL | {"release", "scheduler", "leader_lease"},
     "worker": _OF_ALL
+    | _TRACES
     | {"listen", "advertise_address", "scheduler", "worker_id", "role", "label", "device"}
     | {"model_path", "served_model_name", "chat_template", "kernel_cache_dir"}
     | {"tp_size", "nnodes", "node_rank", "nccl_init_addr"},

@@ -83,7 +83,7 @@ def test_no_object_of_the_schema_takes_unknown_keys() -> None:
         ({"worker": {"groups": {"a": {"env": {"RHIZOME__WORKER__X": "1"}}}}}, "'not' failed"),
         ({"worker": {"groups": {"a": {"extraEnv": [{"name": "RHIZOME__A"}]}}}}, "'not' failed"),
         ({"telemetry": {"traceSampleRatio": 2}}, "maximum: got 2, want 1"),
-        ({"telemetry": {"otlpTracesEndpoint": "http://a:4317"}}, "does not match pattern"),
+        ({"telemetry": {"otlpTracesEndpoint": "http://a"}}, "does not match pattern"),
         ({"tenants": {"a": {"wait": 2}}}, "'wait' not allowed"),
         ({"redis": {"mode": "cluster"}}, "value must be one of"),
         ({"tls": {"source": "none"}}, "value must be one of"),

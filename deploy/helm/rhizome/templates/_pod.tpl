@@ -77,7 +77,8 @@ Fields are those of the service's configuration; `fields` is what the chart deci
 {{- define "rhizome.env" -}}
 {{- $telemetry := .root.Values.telemetry -}}
 {{- $fields := dict "log_format" $telemetry.logFormat -}}
-{{- with $telemetry.otlpTracesEndpoint -}}
+{{- /* The controller is on no request's path, and traces nothing. */ -}}
+{{- with ternary "" $telemetry.otlpTracesEndpoint (eq .service "controller") -}}
 {{- $_ := set $fields "otlp_traces_endpoint" . -}}
 {{- $_ := set $fields "trace_sample_ratio" $telemetry.traceSampleRatio -}}
 {{- end -}}
