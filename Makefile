@@ -22,7 +22,7 @@ serve: install
 	$(BIN)/rhizome serve $(ARGS)
 
 test: install
-	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults and not clients and not cluster'
+	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not gpu and not multigpu and not faults and not clients and not cluster'
 
 # FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
 test-faults: install
