@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.logs import LogFormat
 from services.common.tls import TlsFlags
 
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -46,6 +47,9 @@ class ControllerConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    log_format: LogFormat = "text"
+    """How log lines look: `text`, or `json` with one object a line."""
 
     parent_pid: int | None = None
     """End when this process, the parent, does."""

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Parse flags, run until SIGTERM or SIGINT."""
     config = parse_config(ControllerConfig, "controller")
-    configure_logging("controller", config.log_level)
+    configure_logging("controller", config.log_level, config.log_format)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     try:

@@ -14,7 +14,6 @@ import yaml
 from tests.chart.rendering import CHART, KUBE_VERSION, HelmError, Manifests, helm, render, template
 
 SCHEDULERS = " ".join(f"rhizome-scheduler-{i}.rhizome-scheduler.llm.svc:30020" for i in range(2))
-TOKENIZERS = " ".join(f"rhizome-tokenizer-{i}.rhizome-tokenizer.llm.svc:30010" for i in range(2))
 
 
 def policies(values: dict[str, Any]) -> dict[str, list[Any]]:
@@ -38,18 +37,28 @@ def test_all_who_ask_schedulers_know_every_one_in_one_order() -> None:
     assert manifests.pod("rhizome-controller").env["RHIZOME__CONTROLLER__SCHEDULER"] == SCHEDULERS
 
 
-def test_gateways_know_every_tokenizer_that_may_be_there() -> None:
-    assert render().pod("rhizome-gateway").env["RHIZOME__GATEWAY__TOKENIZERS"] == TOKENIZERS
-    scaled = {"tokenizer": {"autoscaling": {"enabled": True, "maxReplicas": 5}}}
-    manifests = render(scaled)
-    names = manifests.pod("rhizome-gateway").env["RHIZOME__GATEWAY__TOKENIZERS"].split()
-    assert len(names) == 5
-    assert "replicas" not in manifests.get("StatefulSet", "rhizome-tokenizer")["spec"]
+def test_gateways_find_all_ready_tokenizers_however_many_there_are() -> None:
+    manifests = render()
+    target = manifests.pod("rhizome-gateway").env["RHIZOME__GATEWAY__TOKENIZERS"]
+    assert target == "dns+all:rhizome-tokenizer.llm.svc:30010"
+    service = manifests.get("Service", "rhizome-tokenizer")["spec"]
+    assert service["clusterIP"] == "None"
+    assert "publishNotReadyAddresses" not in service
+
+
+@pytest.mark.parametrize("component", ["gateway", "tokenizer"])
+def test_an_autoscaler_alone_says_how_many_replicas_there_are(component: str) -> None:
+    manifests = render({component: {"autoscaling": {"enabled": True, "maxReplicas": 5}}})
+    name = f"rhizome-{component}"
+    assert "replicas" not in manifests.get("Deployment", name)["spec"]
+    scaler = manifests.get("HorizontalPodAutoscaler", name)["spec"]
+    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+    assert scaler["maxReplicas"] == 5
 
 
 def test_what_is_addressed_pod_by_pod_has_headless_services() -> None:
     manifests = render()
-    for name in ("rhizome-scheduler", "rhizome-tokenizer", "rhizome-worker-main"):
+    for name in ("rhizome-scheduler", "rhizome-worker-main"):
         assert manifests.get("Service", name)["spec"]["clusterIP"] == "None"
         assert manifests.get("StatefulSet", name)["spec"]["serviceName"] == name
     assert "clusterIP" not in manifests.get("Service", "rhizome-gateway")["spec"]
@@ -283,6 +292,14 @@ def test_routes_do_not_cut_or_hold_streams() -> None:
     (rule,) = manifests.get("HTTPRoute", "rhizome-gateway")["spec"]["rules"]
     assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
     assert ("GRPCRoute", "rhizome-gateway") not in manifests
+
+
+@pytest.mark.parametrize(
+    ("edge", "protocols"), [("", ["http", "kubernetes.io/h2c"]), ("e", ["https", "https"])]
+)
+def test_the_gateways_service_says_what_it_speaks(edge: str, protocols: list[str]) -> None:
+    service = render({"gateway": {"tls": {"secretName": edge}}}).get("Service", "rhizome-gateway")
+    assert [port["appProtocol"] for port in service["spec"]["ports"]] == protocols
 
 
 def test_a_route_without_a_gateway_is_refused() -> None:

@@ -88,11 +88,7 @@ labels:
 {{- end -}}
 {{- end }}
 
-{{/* Every tokenizer that may be there: those that autoscaling has not started are passed over. */}}
+{{/* All ready tokenizers behind one name, as they come and go. */}}
 {{- define "rhizome.tokenizers" -}}
-{{- $name := include "rhizome.component" (list . "tokenizer") -}}
-{{- $scaling := .Values.tokenizer.autoscaling -}}
-{{- range $index := until (int ($scaling.enabled | ternary $scaling.maxReplicas .Values.tokenizer.replicas)) -}}
-{{- if $index }} {{ end }}{{ printf "%s-%d.%s.%s.svc:30010" $name $index $name $.Release.Namespace }}
-{{- end -}}
+{{- printf "dns+all:%s.%s.svc:30010" (include "rhizome.component" (list . "tokenizer")) .Release.Namespace -}}
 {{- end }}
