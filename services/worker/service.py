@@ -71,8 +71,10 @@ class RunningWorker:
 
 
 @contextlib.asynccontextmanager
-async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIterator[RunningWorker]:
-    """Serve the engine behind `link` until the block ends."""
+async def running_worker(
+    options: ServiceOptions, link: EngineLink, engine_pid: int | None = None
+) -> AsyncIterator[RunningWorker]:
+    """Serve the engine behind `link` until the block ends; `engine_pid` is for metrics."""
     replica = Replica(options.identity, link, max_queued_requests=options.max_queued_requests)
     sessions = SessionTable(
         replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
@@ -84,7 +86,7 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
 
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(
-            metrics_server(options.metrics_port, WorkerCollector(replica))
+            metrics_server(options.metrics_port, WorkerCollector(replica, engine_pid))
         )
         server = await stack.enter_async_context(
             running_server(add, [_SERVICE], options.listen, ready=False)
