@@ -23,6 +23,7 @@ from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
 from services.gateway.serving import Limits, Serving
+from services.gateway.table_metrics import TableCollector
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
 
@@ -61,6 +62,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     )
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(process_metrics(metrics.registry))
+        metrics.registry.register(TableCollector(control.table))
         await stack.enter_async_context(control.following())
         await stack.enter_async_context(tokenizers.following())
         if config.redis_url is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from rhizome.common.v1.logprobs_pb2 import LogprobBlock, LogprobOptions
@@ -26,7 +28,7 @@ from rhizome.inference.v1.inference_service_pb2 import (
 )
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
-from services.common.errors import InvalidRequestError, UnimplementedError
+from services.common.errors import InvalidRequestError, RhizomeError, UnimplementedError
 from services.common.rpc import MAX_FRAME_BYTES
 from services.gateway.exchange import (
     TENANT_HEADER,
@@ -50,6 +52,8 @@ from services.gateway.sampling import (
 )
 from services.gateway.serving import Serving
 
+# The method's place among the endpoints of metrics.
+_GENERATE = "/rhizome.inference.v1.InferenceService/Generate"
 _NAMES = ParamNames("sampling.max_new_tokens", "sampling.min_new_tokens", "sampling.seed")
 
 
@@ -64,6 +68,14 @@ class InferenceServicer(InferenceServiceServicer):
         request: GenerateRequest,
         context: aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> None:
+        with self._counted():
+            await self._generate(request, context)
+
+    async def _generate(
+        self,
+        request: GenerateRequest,
+        context: aio.ServicerContext[GenerateRequest, GenerateResponse],
+    ) -> None:
         arrival_s = time.monotonic()
         pipeline = self._serving.pipeline
         deadline = _deadline(request, context, self._serving, arrival_s)
@@ -73,6 +85,24 @@ class InferenceServicer(InferenceServiceServicer):
         generation = Generation(pipeline, prompt, queue, arrival_s)
         with pipeline.admitted([prompt], spec.tenant):
             await _answer(generation, queue, context)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """The block is one call: count it by the status it ends with, beside HTTP's requests."""
+        status = grpc.StatusCode.OK
+        try:
+            yield
+        except asyncio.CancelledError:
+            status = grpc.StatusCode.CANCELLED
+            raise
+        except RhizomeError as error:
+            status = error.status
+            raise
+        except Exception:
+            status = grpc.StatusCode.INTERNAL
+            raise
+        finally:
+            self._serving.pipeline.metrics.requests.labels(_GENERATE, status.name).inc()
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]

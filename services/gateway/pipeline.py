@@ -39,6 +39,7 @@ from services.gateway.generation import (
 from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import check_parameters, check_token_ids, fit_context
+from services.gateway.prompt_records import PromptRecords
 from services.gateway.rate_limits import RateLimits
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
@@ -80,6 +81,7 @@ class Pipeline:
         self.metrics = metrics
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
         self.rates = RateLimits(tenants, metrics)
+        self.records = PromptRecords(metrics, tenants, self.rates)
         self._tenants = tenants
         self.closing = False
 
@@ -91,8 +93,13 @@ class Pipeline:
     @contextlib.contextmanager
     def admitted(self, prompts: Sequence[Prompt], tenant: str) -> Iterator[None]:
         """Serve these prompts until the block ends. Raises OverloadedError."""
-        self.rates.require(tenant)
-        self.inflight.admit(len(prompts), tenant)
+        try:
+            self.rates.require(tenant)
+            self.inflight.admit(len(prompts), tenant)
+        except RhizomeError as error:
+            for prompt in prompts:
+                self.records.count(prompt, error)
+            raise
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.rates.charge(tenant, num_requests=len(prompts), num_tokens=num_tokens)
         try:
@@ -188,27 +195,35 @@ class Generation:
 
     async def run(self) -> None:
         """Return when every choice has ended. Raises what stops the prompt for good."""
+        end: BaseException | None = None
         try:
             async with _time_limit(self.prompt.spec.deadline):
                 await self._run_attempts()
         except TimeoutError as error:
-            raise DeadlineError("the request's time is over") from error
+            end = DeadlineError("the request's time is over")
+            raise end from error
+        except BaseException as error:
+            end = error
+            raise
         finally:
             self.end_s = time.monotonic()
             for choice in self.choices:
                 if not choice.ended and (session := self._sessions.get(choice)) is not None:
                     session.cancel(choice)
-            self._observe()
+            self._pipeline.records.ended(self, end)
 
     async def _run_attempts(self) -> None:
         pending = self.choices
         attempts = Attempts()
+        metrics = self._pipeline.metrics
         while pending:
-            placement = await self._place(len(pending), attempts)
+            with metrics.queued.track_inprogress():
+                placement = await self._place(len(pending), attempts)
             self._submit(pending, placement)
             code = grpc.StatusCode.CANCELLED.value[0]
             try:
-                pending = await self._losses()
+                with metrics.running.track_inprogress():
+                    pending = await self._losses()
                 code = self._loss.code if pending and self._loss is not None else 0
             except RhizomeError as error:
                 code = error.code
@@ -338,6 +353,11 @@ class Generation:
         return self.choices[0].cached_tokens
 
     @property
+    def queued_s(self) -> float:
+        """Spent until workers were named, over all attempts."""
+        return self.hops.schedule_s
+
+    @property
     def elapsed_s(self) -> float:
         """From the request's arrival to its end, or to now."""
         return (self.end_s or time.monotonic()) - self.arrival_s
@@ -350,22 +370,6 @@ class Generation:
     def first_token_s(self) -> float:
         """Monotonic time of the first token of any choice; 0 before."""
         return min((c.first_token_s for c in self.choices if c.first_token_s), default=0.0)
-
-    def _observe(self) -> None:
-        metrics, model = self._pipeline.metrics, self.prompt.model
-        metrics.prompt_tokens.labels(model).inc(len(self.prompt.token_ids))
-        metrics.cached_tokens.labels(model).inc(self.cached_tokens)
-        metrics.output_tokens.labels(model).inc(self.num_output_tokens)
-        tenant = self.prompt.spec.tenant
-        self._pipeline.rates.charge(tenant, num_tokens=self.num_output_tokens)
-        metrics.request_latency.labels(model).observe(self.end_s - self.arrival_s)
-        if first := self.first_token_s:
-            metrics.time_to_first_token.labels(model).observe(first - self.arrival_s)
-            longest = max(len(choice.output_ids) for choice in self.choices)
-            if longest > 1:
-                metrics.time_per_output_token.labels(model).observe(
-                    (self.end_s - first) / (longest - 1)
-                )
 
 
 async def run_all(generations: Sequence[Generation]) -> None:

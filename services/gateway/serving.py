@@ -114,7 +114,10 @@ class Serving:
                     exchange.request_id,
                     error.message,
                 )
-                events.write(b"data: %b\n\n" % error_reply(error).body)
+                reply = error_reply(error)
+                # What metrics call it; the head is long sent.
+                exchange.status = reply.status
+                events.write(b"data: %b\n\n" % reply.body)
             except asyncio.CancelledError:
                 if work.cancelled() and events.overflowed is None:
                     raise ClientGoneError from None
