@@ -35,12 +35,26 @@ class WorkerCollector(Collector):
             )
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._info()
         yield from self._gauges()
         yield from self._counters()
         yield from _distributions(self._replica.totals)
         yield from sglang_metrics(self._replica)
         if self._engine is not None:
             yield from self._engine.collect()
+
+    def _info(self) -> Iterator[Metric]:
+        """What it is, once the engine has said so."""
+        identity, ready = self._replica.identity, self._replica.ready
+        if ready is not None:
+            info = GaugeMetricFamily(
+                f"{_PREFIX}_info",
+                "What the worker is; always 1.",
+                labels=("worker", "model", "device", "dtype", "attention_backend", "tp_size"),
+            )
+            kinds = (ready.device, ready.dtype, ready.attention_backend, str(ready.tp_size))
+            info.add_metric((identity.worker_id, identity.pool.served_model_name, *kinds), 1)
+            yield info
 
     def _gauges(self) -> Iterator[Metric]:
         replica, load = self._replica, self._replica.load

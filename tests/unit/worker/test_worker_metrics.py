@@ -60,6 +60,9 @@ async def test_metrics_are_what_the_engine_said_last() -> None:
         assert (value("serving"), value("pages")) == (0, 0)
         replica.handle(READY)
         assert (value("serving"), value("pages"), value("free_pages")) == (1, 100, 100)
+        what = {"worker": IDENTITY.worker_id, "model": IDENTITY.pool.served_model_name}
+        kinds = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
+        assert value("info", tp_size="1", **what, **kinds) == 1
         load = EngineLoad(
             num_running=3,
             num_waiting=2,
