@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults check protos
+.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -38,3 +38,11 @@ check: install
 
 protos: install
 	protos/generate.sh rhizome
+
+# The chart's dashboards, from deploy/grafana.
+dashboards: install
+	$(BIN)/python -m deploy.grafana
+
+# Their pictures in docs/images, from a system under load; needs prometheus, takes a few minutes.
+dashboard-pictures: install
+	$(BIN)/python -m tests.e2e.observed

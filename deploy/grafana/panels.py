@@ -75,6 +75,8 @@ class Variable:
     name: str
     label: str
     query: str
+    # Whether "all" means those of the query, and not whatever has the label.
+    only_listed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ WORKER = Variable(
     "worker",
     "Worker",
     f'label_values(rhizome_worker_info{{{_SCOPE},model=~"$worker_model"}}, instance)',
+    only_listed=True,
 )
 WORKER_MODEL = Variable(
     "worker_model", "Model", f"label_values(rhizome_worker_info{{{_SCOPE}}}, model)"
@@ -170,7 +173,7 @@ def to_grafana(page: Dashboard) -> Any:
 
 
 def _variable(variable: Variable) -> grafana.QueryVariable:
-    return (
+    built = (
         grafana.QueryVariable(variable.name)
         .label(variable.label)
         .datasource(_SOURCE)
@@ -179,9 +182,9 @@ def _variable(variable: Variable) -> grafana.QueryVariable:
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
         .include_all(True)
-        .all_value(".*")
         .current(models.VariableOption(selected=True, text="All", value="$__all"))
     )
+    return built if variable.only_listed else built.all_value(".*")
 
 
 def _common(built: Any, panel: Panel) -> Any:
