@@ -123,8 +123,11 @@ class EngineFlags:
     profile_dir: Path | None = None
     """Directory for traces of `/start_profile`. Default: none, and profiling is refused."""
 
-    def check_engine(self) -> None:
-        """Raises ValueError for what no engine can work with."""
+    def check_engine(self, *, is_on_one_host: bool = False) -> None:
+        """Raises ValueError for what no engine can work with.
+
+        `is_on_one_host`: each replica is, whatever `nnodes` says of the hosts of all of them.
+        """
         for name, value in (
             ("tp_size", self.tp_size),
             ("page_size", self.page_size),
@@ -149,12 +152,13 @@ class EngineFlags:
             enabled=self.enable_p2p_check,
             tp=self.tp_size,
             device=self.device,
-            nnodes=self.nnodes,
+            nnodes=1 if is_on_one_host else self.nnodes,
             disable_custom_all_reduce=self.disable_custom_all_reduce,
         )
-        check_nodes(
-            tp=self.tp_size,
-            nnodes=self.nnodes,
-            node_rank=self.node_rank,
-            nccl_init_addr=self.nccl_init_addr,
-        )
+        if not is_on_one_host:
+            check_nodes(
+                tp=self.tp_size,
+                nnodes=self.nnodes,
+                node_rank=self.node_rank,
+                nccl_init_addr=self.nccl_init_addr,
+            )

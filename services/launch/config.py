@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.engine_flags import EngineFlags
+from services.common.nodes import HostPort, parse_host_port
 from services.common.policies import PolicyName
+from services.launch.perf_csv import check_perf_csv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,19 @@ class ServeConfig(EngineFlags):
     """Ranks that share one replica of the model."""
 
     dp: Annotated[int, Parameter(name=["--dp", "--dp-size", "--data-parallel-size"])] = 1
-    """Replicas of the model; the scheduler spreads requests over them."""
+    """Replicas of the model; the scheduler spreads requests over them. With several hosts
+    (`--nnodes`), `dp / nnodes` on each.
+    """
+
+    node_addr: str | None = None
+    """This host's address for the other hosts, where replicas are on several. Default: listen on
+    all, and name the one from which host 0 is reached.
+    """
+
+    end_with_node_0: bool = False
+    """Give it to every host: those above 0 end when `rhizome serve` of host 0 has ended. Takes the
+    port after that of `--nccl-init-addr`.
+    """
 
     policy: PolicyName | None = None
     """How the scheduler places requests. Default: its own."""
@@ -47,26 +61,55 @@ class ServeConfig(EngineFlags):
     the scheduler's, then the cache index's, the tokenizer's, and each replica's. Default: none.
     """
 
+    shutdown_grace_s: float = 5.0
+    """Longest time that running requests get to finish after SIGTERM."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
     def __post_init__(self) -> None:
         if self.dp < 1:
             raise ValueError(f"dp must be >= 1, got {self.dp}")
+        if not self.shutdown_grace_s >= 0:
+            raise ValueError(f"shutdown_grace_s must be >= 0, got {self.shutdown_grace_s}")
+        self.check_engine(is_on_one_host=self.spreads_replicas)
+        self._check_hosts()
         self._check_ports()
-        self.check_engine()
-        if self.node_rank > 0 and self.metrics_port is not None:
-            raise ValueError(f"metrics-port is for host 0, this is host {self.node_rank}")
-        if self.dp > 1 and self.nnodes > 1:
-            raise ValueError(
-                f"dp must be 1 with nnodes > 1, got {self.dp}: start one system for each replica"
-            )
-        if self.dp > 1 and self.nccl_init_addr is not None:
-            raise ValueError(f"nccl-init-addr is of one replica, but dp is {self.dp}")
         if not (self.model_path / "config.json").is_file():
             raise ValueError(f"model-path {self.model_path} is not a model: it has no config.json")
         if self.tokenizer_path is not None and not self.tokenizer_path.is_dir():
             raise ValueError(f"tokenizer-path {self.tokenizer_path} is not a directory")
+
+    @property
+    def spreads_replicas(self) -> bool:
+        """Whether hosts have whole replicas, and not parts of one."""
+        return self.dp > 1 and self.nnodes > 1
+
+    @property
+    def replicas_here(self) -> range:
+        """Numbers of this host's replicas among all."""
+        if not self.spreads_replicas:
+            return range(self.dp)
+        on_each = self.dp // self.nnodes
+        return range(self.node_rank * on_each, (self.node_rank + 1) * on_each)
+
+    @property
+    def meeting_point(self) -> HostPort:
+        """Where several hosts meet: host 0's address, and the first of the ports they use."""
+        assert self.nccl_init_addr is not None, "several hosts have it"
+        return parse_host_port(self.nccl_init_addr)
+
+    @property
+    def host_ports(self) -> range:
+        """What hosts use among themselves: the scheduler's or rank 0's, host 0's lifetime, and one
+        for each replica of a host above 0. Empty where no host needs another.
+        """
+        if self.nccl_init_addr is None:
+            return range(0)
+        first = self.meeting_point.port
+        replicas = len(self.replicas_here) if self.spreads_replicas else 0
+        lifetime = 1 if replicas or self.end_with_node_0 else 0
+        return range(first, first + 1 + lifetime + replicas)
 
     @property
     def public_grpc_port(self) -> int:
@@ -78,7 +121,28 @@ class ServeConfig(EngineFlags):
         """The scheduler's, index's, tokenizer's and replicas'; empty without `metrics_port`."""
         if self.metrics_port is None:
             return range(0)
-        return range(self.metrics_port, self.metrics_port + 3 + self.dp)
+        return range(self.metrics_port, self.metrics_port + 3 + len(self.replicas_here))
+
+    def _check_hosts(self) -> None:
+        if self.spreads_replicas:
+            if not 0 <= self.node_rank < self.nnodes:
+                raise ValueError(
+                    f"node-rank must be within 0..{self.nnodes - 1}, got {self.node_rank}"
+                )
+            if self.dp % self.nnodes:
+                raise ValueError(f"nnodes {self.nnodes} does not divide the {self.dp} of --dp")
+            if self.nccl_init_addr is None:
+                raise ValueError("nnodes > 1 needs --nccl-init-addr, the host:port of node 0")
+            parse_host_port(self.nccl_init_addr)
+        else:
+            if self.dp > 1 and self.nccl_init_addr is not None:
+                raise ValueError(f"nccl-init-addr is where hosts meet, but nnodes is {self.nnodes}")
+            if self.node_rank > 0 and self.metrics_port is not None:
+                raise ValueError(f"metrics-port is for host 0, this is host {self.node_rank}")
+            if self.node_addr is not None:
+                raise ValueError("node-addr is for replicas on several hosts: --dp and --nnodes")
+        if self.end_with_node_0 and self.nnodes == 1:
+            raise ValueError("end-with-node-0 is for several hosts, but nnodes is 1")
 
     def _check_ports(self) -> None:
         for name, port in (("port", self.port), ("grpc-port", self.grpc_port)):
@@ -88,6 +152,7 @@ class ServeConfig(EngineFlags):
             raise ValueError(f"port {self.port} leaves none for gRPC above it: give --grpc-port")
         if self.public_grpc_port == self.port:
             raise ValueError(f"grpc-port must differ from port, both are {self.port}")
+        self._check_host_ports()
         metrics = self.metrics_ports
         if not metrics:
             return
@@ -101,3 +166,45 @@ class ServeConfig(EngineFlags):
                     f"metrics-port {metrics.start} takes ports up to {metrics.stop - 1}; "
                     f"{name} is {port}"
                 )
+
+    def _check_host_ports(self) -> None:
+        between = self.host_ports
+        if between.stop > 65536:
+            raise ValueError(
+                f"nccl-init-addr {self.nccl_init_addr} takes {len(between)} ports, all within "
+                "1..65535"
+            )
+        for name, ports in (
+            ("port", range(self.port, self.port + 1)),
+            ("grpc-port", range(self.public_grpc_port, self.public_grpc_port + 1)),
+            ("metrics-port", self.metrics_ports),
+        ):
+            if set(ports) & set(between):
+                raise ValueError(
+                    f"nccl-init-addr {self.nccl_init_addr} takes ports up to {between.stop - 1}; "
+                    f"{name} is {ports.start}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfflineConfig(ServeConfig):
+    """Start every service, measure them with `rhizome bench serving`, report, and end.
+
+    What follows `--` is for the benchmark. Of several hosts, those above 0 only serve.
+    """
+
+    perf_csv: Path | None = None
+    """Append the result here, in the columns of madengine's perf.csv."""
+
+    ready_timeout_s: float = 3600.0
+    """Longest wait for all replicas to be ready."""
+
+    deployment_type: str = "local"
+    """What starts this, for the file's column."""
+
+    def __post_init__(self) -> None:
+        ServeConfig.__post_init__(self)
+        if not self.ready_timeout_s > 0:
+            raise ValueError(f"ready_timeout_s must be > 0, got {self.ready_timeout_s}")
+        if self.perf_csv is not None and self.node_rank == 0:
+            check_perf_csv(self.perf_csv)

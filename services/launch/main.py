@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import run, stop_event
-from services.launch.config import ServeConfig
-from services.launch.supervisor import ServiceGaveUpError, Supervisor, private_directory
-from services.launch.topology import build_topology
+from services.common.process import run
+from services.launch.config import OfflineConfig, ServeConfig
+from services.launch.hosts import HostUnreachableError
+from services.launch.offline import BenchFailedError, check_bench_flags, offline
+from services.launch.serve import serve
+from services.launch.supervisor import ServiceGaveUpError
 from services.launch.warm import warm
-
-logger = logging.getLogger(__name__)
 
 # Commands that are programs of their own. They are named, as services are, never imported.
 _PROGRAMS = {"bench": "services.bench"}
@@ -23,9 +21,10 @@ _PROGRAMS = {"bench": "services.bench"}
 _USAGE = """usage: rhizome COMMAND [--help]
 
 commands:
-  bench   measure a server, or the engine alone
-  serve   start all services on this host and serve one model
-  warm    compile the kernels of a model into --kernel-cache-dir; takes serve's flags
+  bench     measure a server, or the engine alone
+  offline   start all services, measure them, report, and end; takes serve's flags
+  serve     start all services on this host and serve one model
+  warm      compile the kernels of a model into --kernel-cache-dir; takes serve's flags
 """
 
 
@@ -39,8 +38,10 @@ def main() -> None:
         configure_logging("launch", config.log_level)
         try:
             run(serve(config))
-        except ServiceGaveUpError as error:
+        except (ServiceGaveUpError, HostUnreachableError) as error:
             sys.exit(f"rhizome serve: giving up. {error}")
+    elif command == "offline":
+        _offline(arguments)
     elif command == "warm":
         warm(parse_config(ServeConfig, "serve", arguments, program="rhizome warm"))
     elif command in ("--help", "-h"):
@@ -50,32 +51,18 @@ def main() -> None:
         sys.exit(2)
 
 
-async def serve(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ServiceGaveUpError."""
-    stop = stop_event()
-    async with private_directory() as directory:
-        supervisor = Supervisor(build_topology(config, directory, os.getpid()), directory, _echo)
-        logger.info("event=starting model=%s", config.model_path)
-        await supervisor.run(lambda: print(ready_message(config), flush=True), stop)
-    logger.info("event=stopped")
-
-
-def ready_message(config: ServeConfig) -> str:
-    """What a newcomer needs next: where it listens, and a request to paste."""
-    if config.node_rank > 0:
-        return f"\nNode {config.node_rank} has joined; node 0 serves.\n"
-    base = f"http://{config.host}:{config.port}"
-    body = {
-        "model": "default",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "stream": True,
-    }
-    return (
-        f"\nRhizome is ready: {base} (OpenAI API: {base}/v1)\n\nTry:\n"
-        f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{json.dumps(body)}'\n"
-    )
-
-
-def _echo(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _offline(arguments: list[str]) -> None:
+    """What follows `--` is for the benchmark."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    flags, bench_flags = arguments[:place], arguments[place + 1 :]
+    config = parse_config(OfflineConfig, "serve", flags, program="rhizome offline")
+    try:
+        check_bench_flags(bench_flags)
+    except ValueError as error:
+        print(f"offline: {error}", file=sys.stderr)
+        sys.exit(2)
+    configure_logging("launch", config.log_level)
+    try:
+        run(offline(config, bench_flags) if config.node_rank == 0 else serve(config))
+    except (ServiceGaveUpError, HostUnreachableError, BenchFailedError) as error:
+        sys.exit(f"rhizome offline: {error}")

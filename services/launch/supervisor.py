@@ -201,7 +201,9 @@ async def private_directory() -> AsyncIterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        janitor.kill()
+        # Whoever ends this process may have ended the shell, too.
+        with contextlib.suppress(ProcessLookupError):
+            janitor.kill()
         await janitor.wait()
 
 

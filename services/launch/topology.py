@@ -1,4 +1,4 @@
-"""Which processes make up a single-host system, how they find each other, how each is started."""
+"""Which processes a host runs, how they find each other, how each is started."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from services.common.engine_flags import EngineFlags
 from services.launch.config import ServeConfig
+from services.launch.hosts import EVERYWHERE, host_and_port, own_address
 
-# Time that running requests get to finish after SIGTERM.
-_DRAIN_S = 5.0
 # Time that services get to finish after SIGTERM.
 _WORKER_GRACE_S = 5.0
 _GRACE_S = 2.0
@@ -30,12 +29,15 @@ class ServiceSpec:
 
 
 def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> list[ServiceSpec]:
-    """All services of `rhizome serve`, in the order they stop.
+    """All services that `rhizome serve` runs on this host, in the order they stop.
 
     They meet over Unix sockets in `directory`, which only this user may enter; only the gateway
-    listens on the network. A node above 0 has nothing but its ranks, which one worker runs.
+    listens on the network, and with replicas on other hosts the scheduler, for their workers. A
+    host above 0 has nothing but its workers, or its ranks of one, which a worker runs.
+
+    Raises HostUnreachableError when it cannot be said how other hosts reach this one.
     """
-    sockets = _Sockets(directory)
+    addresses = _Addresses(config, directory)
 
     def service(
         name: str, module: str, listen: str, arguments: tuple[str, ...], grace_s: float
@@ -44,94 +46,128 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
         argv = (sys.executable, "-m", f"services.{module}", *common, *arguments)
         return ServiceSpec(name=name, argv=argv, health_target=listen, grace_s=grace_s)
 
-    if config.node_rank > 0:
+    if config.node_rank > 0 and not config.spreads_replicas:
         name = f"node-{config.node_rank}"
-        listen = sockets.of(name)
+        listen = addresses.socket(name)
         arguments = ("--listen", listen, *worker_arguments(config))
         return [service(name, "worker", listen, arguments, _WORKER_GRACE_S)]
+    drain_s = _drain_s(config)
     replicas = [
         service(
             f"worker-{replica}",
             "worker",
-            sockets.of(f"worker-{replica}"),
-            _replica_arguments(config, sockets, replica),
-            _WORKER_GRACE_S,
+            addresses.worker(index),
+            _replica_arguments(config, addresses, index),
+            drain_s + _WORKER_GRACE_S,
         )
-        for replica in range(config.dp)
+        for index, replica in enumerate(config.replicas_here)
     ]
+    if config.node_rank > 0:
+        return replicas
     tokenizer = (
-        *("--listen", sockets.tokenizer, *_model_arguments(config)),
+        *("--listen", addresses.tokenizer, *_model_arguments(config)),
         *_metrics_arguments(config, 2),
     )
     index = (
-        *("--listen", sockets.index, "--scheduler", sockets.scheduler),
+        *("--listen", addresses.index, "--scheduler", addresses.scheduler),
         *_metrics_arguments(config, 1),
     )
-    scheduler = _scheduler_arguments(config, sockets)
+    gateway = _gateway_arguments(config, addresses)
+    gateway_grace_s = config.shutdown_grace_s + 3.0
+    scheduler = _scheduler_arguments(config, addresses)
     return [
-        service(
-            "gateway",
-            "gateway",
-            _public_grpc(config),
-            _gateway_arguments(config, sockets),
-            _DRAIN_S + 3.0,
-        ),
+        service("gateway", "gateway", _public_grpc(config), gateway, gateway_grace_s),
         *replicas,
-        service("tokenizer", "tokenizer", sockets.tokenizer, tokenizer, _GRACE_S),
-        service("index", "cache_index", sockets.index, index, _GRACE_S),
-        service("scheduler", "scheduler", sockets.scheduler, scheduler, _GRACE_S),
+        service("tokenizer", "tokenizer", addresses.tokenizer, tokenizer, _GRACE_S),
+        service("index", "cache_index", addresses.index, index, _GRACE_S),
+        service("scheduler", "scheduler", addresses.scheduler, scheduler, _GRACE_S),
     ]
 
 
-class _Sockets:
-    """Where the services of one host listen for each other."""
+def scheduler_address(config: ServeConfig, directory: Path) -> str:
+    """Where host 0's scheduler is reached from host 0."""
+    return _Addresses(config, directory).scheduler
 
-    def __init__(self, directory: Path) -> None:
+
+class _Addresses:
+    """Where this host's services listen, and where they are found."""
+
+    def __init__(self, config: ServeConfig, directory: Path) -> None:
         self._directory = directory
-        self.tokenizer = self.of("tokenizer")
-        self.scheduler = self.of("scheduler")
-        self.index = self.of("index")
+        self._config = config
+        self.tokenizer = self.socket("tokenizer")
+        self.index = self.socket("index")
+        self.scheduler_listen = self.scheduler = self.socket("scheduler")
+        if config.spreads_replicas:
+            meeting = config.meeting_point
+            self.scheduler_listen = self._everywhere(meeting.port)
+            if config.node_rank > 0:
+                self.scheduler = host_and_port(meeting.host, meeting.port)
+            else:
+                self.scheduler = host_and_port(config.node_addr or "127.0.0.1", meeting.port)
 
-    def of(self, name: str) -> str:
+    def socket(self, name: str) -> str:
         return f"unix:{self._directory}/{name}.sock"
+
+    def worker(self, index: int) -> str:
+        """Where the `index`-th replica of this host listens; gateway and index are on host 0."""
+        if self._config.node_rank == 0:
+            return self.socket(f"worker-{index}")
+        return self._everywhere(self._config.host_ports[2 + index])
+
+    def advertised_worker(self, index: int) -> str:
+        """Where others reach it."""
+        if self._config.node_rank == 0:
+            return self.worker(index)
+        address = self._config.node_addr or own_address(self._config.meeting_point)
+        return host_and_port(address, self._config.host_ports[2 + index])
+
+    def _everywhere(self, port: int) -> str:
+        return host_and_port(self._config.node_addr or EVERYWHERE, port)
+
+
+def _drain_s(config: ServeConfig) -> float:
+    """What a worker's requests get to finish: on host 0 the gateway has drained before it."""
+    return 1.0 if config.node_rank == 0 else config.shutdown_grace_s
 
 
 def _public_grpc(config: ServeConfig) -> str:
     return f"{config.host}:{config.public_grpc_port}"
 
 
-def _gateway_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...]:
+def _gateway_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str, ...]:
     return (
         *("--host", config.host, "--port", str(config.port)),
         *("--grpc-listen", _public_grpc(config)),
-        *("--tokenizers", sockets.tokenizer, "--schedulers", sockets.scheduler),
-        *("--shutdown-grace-s", str(_DRAIN_S)),
+        *("--tokenizers", addresses.tokenizer, "--schedulers", addresses.scheduler),
+        *("--shutdown-grace-s", str(config.shutdown_grace_s)),
         *(() if config.tenants is None else ("--tenants", str(config.tenants))),
     )
 
 
-def _scheduler_arguments(config: ServeConfig, sockets: _Sockets) -> tuple[str, ...]:
+def _scheduler_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str, ...]:
     wishes = {
         "--policy": config.policy,
         "--tenants": config.tenants,
         "--max-queue-wait-s": config.max_queue_wait_s,
     }
     return (
-        *("--listen", sockets.scheduler, "--cache-index", sockets.index),
+        *("--listen", addresses.scheduler_listen, "--cache-index", addresses.index),
         *_metrics_arguments(config, 0),
         *_given(wishes),
     )
 
 
-def _replica_arguments(config: ServeConfig, sockets: _Sockets, replica: int) -> tuple[str, ...]:
-    name = f"worker-{replica}"
+def _replica_arguments(config: ServeConfig, addresses: _Addresses, index: int) -> tuple[str, ...]:
+    """Of the `index`-th replica of this host."""
     return (
-        *("--listen", sockets.of(name), "--worker-id", name),
-        *("--scheduler", sockets.scheduler),
-        # The gateway has drained before: nothing is left to wait for.
-        *("--drain-timeout-s", "1"),
-        *_metrics_arguments(config, 3 + replica),
-        *worker_arguments(config, replica=replica),
+        *("--listen", addresses.worker(index)),
+        *("--worker-id", f"worker-{config.replicas_here[index]}"),
+        *("--advertise-address", addresses.advertised_worker(index)),
+        *("--scheduler", addresses.scheduler),
+        *("--drain-timeout-s", str(_drain_s(config))),
+        *_metrics_arguments(config, 3 + index),
+        *worker_arguments(config, index=index),
     )
 
 
@@ -162,9 +198,12 @@ def _model_arguments(config: ServeConfig) -> tuple[str, ...]:
     )
 
 
-def worker_arguments(config: ServeConfig, *, replica: int = 0) -> tuple[str, ...]:
-    """What the worker of a replica is told of the model and of how to run it."""
+def worker_arguments(config: ServeConfig, *, index: int = 0) -> tuple[str, ...]:
+    """What the worker of this host's `index`-th replica is told of the model and how to run it."""
     flags = {field.name: getattr(config, field.name) for field in fields(EngineFlags)}
     flags["served_model_name"] = config.served_model_name or config.model_path.resolve().name
-    flags["base_gpu_id"] = config.base_gpu_id + replica * config.tp_size
+    flags["base_gpu_id"] = config.base_gpu_id + index * config.tp_size
+    if config.spreads_replicas:
+        # Hosts are the scheduler's matter then: each replica is on one.
+        flags |= {"nnodes": 1, "node_rank": 0, "nccl_init_addr": None}
     return _given({f"--{name.replace('_', '-')}": value for name, value in flags.items()})

@@ -7,7 +7,7 @@ from typing import Any
 from services.cache_index.config import CacheIndexConfig
 from services.common.config import parse_config
 from services.gateway.config import GatewayConfig
-from services.launch.config import ServeConfig
+from services.launch.config import OfflineConfig, ServeConfig
 from services.scheduler.config import SchedulerConfig
 from services.tokenizer.config import TokenizerConfig
 from services.worker.config import WorkerConfig
@@ -31,6 +31,13 @@ def test_every_flag_of_serve_is_in_the_documentation():
         if (flag := "--" + field.name.replace("_", "-")) not in text
     ]
     assert missing == []
+
+
+def test_every_flag_of_offline_is_in_the_documentation():
+    text = (DOCS / "slurm.md").read_text()
+    own = {field.name for field in fields(OfflineConfig)} - {f.name for f in fields(ServeConfig)}
+    assert own
+    assert [name for name in own if f"`--{name.replace('_', '-')}`" not in text] == []
 
 
 def test_every_command_that_starts_a_service_is_accepted_by_it():

@@ -10,6 +10,7 @@ from services.cache_index.config import CacheIndexConfig
 from services.common.config import parse_config
 from services.gateway.config import GatewayConfig
 from services.launch.config import ServeConfig
+from services.launch.hosts import HostUnreachableError
 from services.launch.topology import build_topology
 from services.scheduler.config import SchedulerConfig
 from services.tokenizer.config import TokenizerConfig
@@ -21,6 +22,14 @@ CONFIGS: dict[str, Any] = {
     "scheduler": SchedulerConfig,
     "cache_index": CacheIndexConfig,
     "worker": WorkerConfig,
+}
+
+# Two replicas of two GPUs on each of two hosts.
+SPREAD: dict[str, Any] = {
+    "dp": 4,
+    "tp_size": 2,
+    "nnodes": 2,
+    "nccl_init_addr": "127.0.0.2:5000",
 }
 
 
@@ -137,6 +146,60 @@ def test_a_node_above_0_runs_its_ranks_and_nothing_else() -> None:
     )
 
 
+def test_replicas_on_other_hosts_register_with_host_0() -> None:
+    first = parsed(ServeConfig(node_rank=0, node_addr="127.0.0.2", **SPREAD))
+    assert set(first) == {*("gateway", "tokenizer", "scheduler", "index", "worker-0", "worker-1")}
+    assert first["scheduler"].listen == "127.0.0.2:5000"
+    assert first["gateway"].schedulers == (first["scheduler"].listen,)
+    assert (
+        first["worker-0"].listen
+        == first["worker-0"].advertise_address
+        == ("unix:/private/worker-0.sock")
+    )
+    other = parsed(ServeConfig(node_rank=1, node_addr="127.0.0.3", **SPREAD))
+    addresses = [
+        (worker.name, worker.listen, worker.advertise_address) for worker in other.values()
+    ]
+    assert addresses == [
+        ("worker-2", "127.0.0.3:5002", "127.0.0.3:5002"),
+        ("worker-3", "127.0.0.3:5003", "127.0.0.3:5003"),
+    ]
+    for worker in (*other.values(), first["worker-1"]):
+        assert worker.scheduler == ("127.0.0.2:5000",)
+        # Each is on one host, whatever the number of hosts.
+        assert (worker.nnodes, worker.node_rank, worker.nccl_init_addr) == (1, 0, None)
+    assert [worker.base_gpu_id for worker in other.values()] == [0, 2]
+
+
+def test_a_host_without_a_given_address_listens_on_all_and_names_the_one_towards_host_0() -> None:
+    other = parsed(ServeConfig(node_rank=1, **SPREAD))["worker-2"]
+    assert (other.listen, other.advertise_address) == ("0.0.0.0:5002", "127.0.0.1:5002")
+    first = parsed(ServeConfig(node_rank=0, **SPREAD))
+    assert first["scheduler"].listen == "0.0.0.0:5000"
+    assert first["worker-0"].scheduler == ("127.0.0.1:5000",)
+
+
+def test_a_host_0_that_no_address_leads_to_is_named() -> None:
+    asked = SPREAD | {"nccl_init_addr": "no-such-host.invalid:5000"}
+    with pytest.raises(HostUnreachableError, match=r"host 0, no-such-host\.invalid"):
+        parsed(ServeConfig(node_rank=1, **asked))
+
+
+def test_requests_get_the_time_that_was_asked_to_end() -> None:
+    asked = ServeConfig(node_rank=0, shutdown_grace_s=42, **SPREAD)
+    assert parsed(asked)["gateway"].shutdown_grace_s == 42
+    # Host 0's gateway drains before its workers; the others' workers hear of it alone.
+    assert parsed(asked)["worker-0"].drain_timeout_s == 1
+    other = ServeConfig(node_rank=1, shutdown_grace_s=42, **SPREAD)
+    assert parsed(other)["worker-2"].drain_timeout_s == 42
+    assert all(spec.grace_s > 42 for spec in build_topology(other, Path("/private"), 1))
+
+
+def test_every_host_with_replicas_has_ports_for_their_metrics() -> None:
+    other = parsed(ServeConfig(node_rank=1, metrics_port=29000, **SPREAD))
+    assert [worker.metrics_port for worker in other.values()] == [29003, 29004]
+
+
 def test_a_check_between_gpus_reaches_the_worker() -> None:
     assert parsed(ServeConfig(tp_size=2, enable_p2p_check=True))["worker-0"].enable_p2p_check
     assert not parsed(ServeConfig(tp_size=2))["worker-0"].enable_p2p_check
@@ -146,11 +209,16 @@ def test_a_check_between_gpus_reaches_the_worker() -> None:
     ("asked", "reason"),
     [
         ({"tp_size": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
+        ({"dp": 3, "nnodes": 2, "nccl_init_addr": "h:1"}, "nnodes 2 does not divide the 3 of --dp"),
+        ({"dp": 2, "nnodes": 2}, "nnodes > 1 needs --nccl-init-addr"),
+        ({"dp": 2, "nnodes": 2, "nccl_init_addr": "h"}, "nccl-init-addr must be host:port"),
         (
-            {"dp": 2, "tp_size": 2, "nnodes": 2, "nccl_init_addr": "h:1"},
-            "dp must be 1 with nnodes > 1",
+            {"dp": 2, "nnodes": 2, "node_rank": 2, "nccl_init_addr": "h:1"},
+            r"node-rank must be within 0\.\.1, got 2",
         ),
-        ({"dp": 2, "tp_size": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is of one replica"),
+        ({"dp": 2, "tp_size": 2, "nccl_init_addr": "h:1"}, "nccl-init-addr is where hosts meet"),
+        ({"dp": 2, "node_addr": "10.0.0.1"}, "node-addr is for replicas on several hosts"),
+        ({"end_with_node_0": True}, "end-with-node-0 is for several hosts"),
         ({"nccl_init_addr": "h:1"}, "nccl-init-addr is where several ranks meet"),
         ({"tp_size": 2, "device": "cpu", "enable_p2p_check": True}, "enable-p2p-check needs GPUs"),
         ({"enable_p2p_check": True}, "enable-p2p-check needs several GPUs"),
@@ -173,6 +241,11 @@ def test_replicas_that_cannot_be_are_refused(asked: dict[str, Any], reason: str)
         ({"port": 0}, "port must be within 1..65535"),
         ({"port": 65535}, "leaves none for gRPC"),
         ({"port": 8000, "grpc_port": 8000}, "grpc-port must differ from port"),
+        ({"shutdown_grace_s": -1}, "shutdown_grace_s must be >= 0"),
+        ({**SPREAD, "port": 5001}, "takes ports up to 5003; port is 5001"),
+        ({**SPREAD, "port": 5004, "grpc_port": 5003}, "up to 5003; grpc-port is 5003"),
+        ({**SPREAD, "metrics_port": 4998}, "up to 5003; metrics-port is 4998"),
+        ({**SPREAD, "nccl_init_addr": "h:65533"}, "h:65533 takes 4 ports, all within 1..65535"),
         ({"metrics_port": 0}, "metrics-port 0 takes 4 ports, all within 1..65535"),
         ({"metrics_port": 65533, "dp": 2}, "metrics-port 65533 takes 5 ports"),
         ({"metrics_port": 29998}, "ports up to 30001; port is 30000"),
