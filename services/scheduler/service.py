@@ -118,10 +118,11 @@ async def _standing(
     metrics: SchedulerMetrics,
 ) -> AsyncIterator[None]:
     """Stand for leader until the block ends; nothing without Redis."""
-    metrics.gauge("leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0))
     if redis_url is None:
         yield
         return
+    # Not without an election: nobody leading would be nothing to worry about.
+    metrics.gauge("leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0))
     store = SharedStore(redis_url, metrics.registry, "rhizome_scheduler")
     leadership = Leadership(
         store, lambda: any(map(table.num_ready, pools.pools)), on_change=watch.lead

@@ -96,15 +96,10 @@ def documented() -> dict[str, str]:
 
 
 def exposed(text: str) -> set[str]:
-    """The metrics of an exposition, by the names in its samples; histograms once."""
-    families = set()
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name = re.split(r"[{ ]", line, maxsplit=1)[0]
-            base = next((name.removesuffix(end) for end in _DERIVED if name.endswith(end)), name)
-            families.add(base if kinds.get(base) == "histogram" else name)
-    return {name for name in families if not name.endswith("_created")}
+    """The metrics of an exposition, also those without a sample yet; histograms once."""
+    names = re.findall(r"^# TYPE (\S+) \S+$", text, re.MULTILINE)
+    # When a counter began; not among what we document.
+    return {name for name in names if not name.endswith("_created")}
 
 
 def _filled(expr: str) -> str:
