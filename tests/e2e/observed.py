@@ -102,13 +102,19 @@ async def _send_until(stopping: threading.Event, system: System, concurrency: in
 
         async def client(number: int) -> None:
             rng = random.Random(number)
-            while not stopping.is_set():
+            while True:
                 # What is refused or cut off is part of the traffic.
                 with contextlib.suppress(httpx.HTTPError, TimeoutError, OSError):
                     await _one(http, stub, rng)
                 await asyncio.sleep(rng.expovariate(4))
 
-        await asyncio.gather(*(client(number) for number in range(concurrency)))
+        clients = [asyncio.create_task(client(number)) for number in range(concurrency)]
+        while not stopping.is_set():
+            await asyncio.sleep(0.1)
+            assert not any(each.done() for each in clients), "a client gave up"
+        for each in clients:
+            each.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
 
 
 async def _one(http: httpx.AsyncClient, stub: InferenceServiceStub, rng: random.Random) -> None:
