@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from services.cache_index.index import MAX_PREFIXES
+from services.common.tls import TlsFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,12 @@ class CacheIndexConfig:
 
     metrics_port: int | None = None
     """Port of the Prometheus metrics over HTTP. Default: none."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

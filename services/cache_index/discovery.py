@@ -12,6 +12,7 @@ from rhizome.scheduler.v1 import scheduler_service_pb2 as pb
 from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from services.cache_index.follower import Follower
 from services.cache_index.index import PrefixIndex
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,18 @@ class Discovery:
     """
 
     def __init__(
-        self, index: PrefixIndex, schedulers: Iterable[str], *, linger_s: float = 5.0
+        self,
+        index: PrefixIndex,
+        schedulers: Iterable[str],
+        *,
+        linger_s: float = 5.0,
+        tls: PeerTls | None = None,
     ) -> None:
         self.followers: dict[WorkerKey, Follower] = {}
         self._index = index
         self._schedulers = tuple(schedulers)
         self._linger_s = linger_s
+        self._tls = tls
         self._turns = asyncio.Lock()
         self._tables: dict[str, frozenset[WorkerKey]] = {}
         self._tasks: dict[WorkerKey, asyncio.Task[None]] = {}
@@ -61,7 +68,7 @@ class Discovery:
         self._tables[scheduler] = frozenset(workers)
         known = self._known
         for worker_id, address in known - self._tasks.keys():
-            follower = Follower(self._index, worker_id, address, self._turns)
+            follower = Follower(self._index, worker_id, address, self._turns, tls=self._tls)
             self.followers[worker_id, address] = follower
             self._tasks[worker_id, address] = asyncio.create_task(follower.run())
             logger.info("event=follow worker=%s address=%s", worker_id, address)
@@ -88,7 +95,7 @@ class Discovery:
         """Take tables from one scheduler for ever."""
         # One that was never heard may just not be up yet: no news.
         silent = True
-        async with open_channel(scheduler) as channel:
+        async with open_channel(scheduler, self._tls) as channel:
             stub = SchedulerServiceStub(channel)
             while True:
                 call = stub.WatchWorkers(pb.WatchWorkersRequest())

@@ -16,6 +16,7 @@ from rhizome.worker.v1 import worker_service_pb2 as worker_pb
 from rhizome.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from services.cache_index.holders import GPU, HOST, REMOTE, Holder
 from services.cache_index.index import PrefixIndex
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Follower:
         address: str,
         turns: asyncio.Lock,
         *,
+        tls: PeerTls | None = None,
         first_delay_s: float = 0.1,
         max_delay_s: float = 1.0,
         unreached_s: float = 5.0,
@@ -66,6 +68,7 @@ class Follower:
         self.num_resyncs = 0
         self._index = index
         self._turns = turns
+        self._tls = tls
         self._first_delay_s = first_delay_s
         self._max_delay_s = max_delay_s
         self._unreached_s = unreached_s
@@ -90,7 +93,7 @@ class Follower:
         """Follow until cancelled; then the worker's pages leave the index."""
         delay_s = self._first_delay_s
         try:
-            async with open_channel(self.address) as channel:
+            async with open_channel(self.address, self._tls) as channel:
                 stub = WorkerServiceStub(channel)
                 while True:
                     await self._reach(channel)

@@ -21,7 +21,7 @@ def main() -> None:
         die_with_parent(config.parent_pid)
     try:
         run(serve(config))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         exit_for("cache_index", error)
 
 

@@ -17,6 +17,7 @@ from services.cache_index.index import PrefixIndex
 from services.cache_index.metrics import IndexCollector
 from services.cache_index.servicer import CacheIndexServicer
 from services.common.metrics import metrics_server
+from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.rpc import running_server
 
 
@@ -25,25 +26,37 @@ class RunningCacheIndex:
     """A started cache index; `port` is 0 for a Unix socket."""
 
     port: int
+    health_port: int | None
     index: PrefixIndex
     discovery: Discovery
 
 
 @contextlib.asynccontextmanager
 async def running_cache_index(config: CacheIndexConfig) -> AsyncIterator[RunningCacheIndex]:
-    """Serve until the block ends. Raises OSError when an address cannot be bound."""
+    """Serve until the block ends. Raises OSError when an address cannot be bound,
+    ValueError for bad files."""
     index = PrefixIndex(config.max_pages)
-    discovery = Discovery(index, config.scheduler)
-    servicer = CacheIndexServicer(index, discovery)
-    async with metrics_server(config.metrics_port, IndexCollector(index, discovery)):
-        async with running_server(
-            lambda server: add_CacheIndexServiceServicer_to_server(servicer, server),
-            [pb.DESCRIPTOR.services_by_name["CacheIndexService"]],
-            config.listen,
-        ) as server:
-            following = asyncio.create_task(discovery.run())
-            try:
-                yield RunningCacheIndex(server.port, index, discovery)
-            finally:
-                following.cancel()
-                await asyncio.wait([following])
+    async with contextlib.AsyncExitStack() as stack:
+        tls = await stack.enter_async_context(peer_tls(config.tls))
+        discovery = Discovery(index, config.scheduler, tls=tls)
+        servicer = CacheIndexServicer(index, discovery)
+        await stack.enter_async_context(
+            metrics_server(
+                config.metrics_port, IndexCollector(index, discovery), *expiry_metrics(tls)
+            )
+        )
+        server = await stack.enter_async_context(
+            running_server(
+                lambda server: add_CacheIndexServiceServicer_to_server(servicer, server),
+                [pb.DESCRIPTOR.services_by_name["CacheIndexService"]],
+                config.listen,
+                credentials=server_credentials(tls),
+                health_port=config.health_port,
+            )
+        )
+        following = asyncio.create_task(discovery.run())
+        try:
+            yield RunningCacheIndex(server.port, server.health_port, index, discovery)
+        finally:
+            following.cancel()
+            await asyncio.wait([following])

@@ -2,6 +2,8 @@
 
 RhizomeError
   x InvalidRequestError     -> INVALID_ARGUMENT     the request can never succeed
+  x UnauthenticatedError    -> UNAUTHENTICATED      who calls has not said who it is
+  x PermissionDeniedError   -> PERMISSION_DENIED    who calls may not do that
   x NotFoundError           -> NOT_FOUND            no such model, worker or handle
   x OverloadedError         -> RESOURCE_EXHAUSTED   full; carries a retry hint
   x DeadlineError           -> DEADLINE_EXCEEDED    its time passed
@@ -45,6 +47,14 @@ class InvalidRequestError(RhizomeError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnauthenticatedError(RhizomeError):
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(RhizomeError):
+    status = grpc.StatusCode.PERMISSION_DENIED
 
 
 class NotFoundError(RhizomeError):
@@ -97,6 +107,8 @@ _LEAVES: dict[int, type[RhizomeError]] = {
     int(leaf.status.value[0]): leaf
     for leaf in (
         InvalidRequestError,
+        UnauthenticatedError,
+        PermissionDeniedError,
         NotFoundError,
         OverloadedError,
         DeadlineError,

@@ -17,17 +17,18 @@ _LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 
 
 
 @contextlib.asynccontextmanager
-async def metrics_server(port: int | None, collector: Collector) -> AsyncIterator[int | None]:
+async def metrics_server(port: int | None, *collectors: Collector) -> AsyncIterator[int | None]:
     """Serve `/metrics` until the block ends, on the port it yields; nothing without a port.
 
-    What `collector` gives and what `process_metrics` adds. `collector` is asked from a thread of
-    the server's. Raises OSError for a port that cannot be bound.
+    What `collectors` give and what `process_metrics` adds. They are asked from a thread of the
+    server's. Raises OSError for a port that cannot be bound.
     """
     if port is None:
         yield None
         return
     registry = CollectorRegistry()
-    registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     try:
         server, thread = start_http_server(port, registry=registry)
     except (OSError, OverflowError) as error:

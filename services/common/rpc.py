@@ -21,6 +21,8 @@ from services.common.errors import (
     OverloadedError,
     RhizomeError,
 )
+from services.common.peer_tls import PeerIdentity, PeerTls
+from services.common.rotating_channel import RotatingChannel
 from services.common.status_details import STATUS_DETAILS_METADATA_KEY, retry_status
 
 logger = logging.getLogger(__name__)
@@ -59,9 +61,23 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str) -> aio.Channel:
-    """A channel to `host:port` or `unix:/path`."""
-    return aio.insecure_channel(address, options=CLIENT_OPTIONS)
+def open_channel(address: str, tls: PeerTls | None = None) -> aio.Channel:
+    """A channel to `host:port` or `unix:/path`; with TLS where this service has a certificate.
+
+    Certificates are checked against the host's name, `localhost` for a Unix socket, or against the
+    name that all services have.
+    """
+    if tls is None:
+        return aio.insecure_channel(address, options=CLIENT_OPTIONS)
+    options: list[tuple[str, int | str]] = [*CLIENT_OPTIONS]
+    name = tls.server_name or ("localhost" if address.startswith("unix:") else None)
+    if name is not None:
+        options.append(("grpc.ssl_target_name_override", name))
+
+    def connect(identity: PeerIdentity) -> aio.Channel:
+        return aio.secure_channel(address, identity.channel_credentials, options=options)
+
+    return RotatingChannel(lambda: tls.identity, connect)
 
 
 class StatusInterceptor(aio.ServerInterceptor):
@@ -173,12 +189,20 @@ def _trailers(error: RhizomeError) -> tuple[tuple[str, str | bytes], ...]:
 class RunningServer:
     """A started gRPC server with health and reflection.
 
-    `port` is the bound port, 0 for a Unix socket. `set_ready` flips readiness (the health of ""
-    and of every service) without touching calls in flight.
+    `port` is the bound port, 0 for a Unix socket; `health_port` that of the health checks alone.
+    `set_ready` flips readiness (the health of "" and of every service) without touching calls in
+    flight.
     """
 
-    def __init__(self, port: int, health_servicer: health.aio.HealthServicer, names: list[str]):
+    def __init__(
+        self,
+        port: int,
+        health_port: int | None,
+        health_servicer: health.aio.HealthServicer,
+        names: list[str],
+    ):
         self.port = port
+        self.health_port = health_port
         self._health = health_servicer
         self._names = names
 
@@ -197,16 +221,16 @@ async def running_server(
     *,
     ready: bool = True,
     grace_s: float = 1.0,
+    credentials: grpc.ServerCredentials | None = None,
+    health_port: int | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Serve on `address` (`host:port`, port 0 picks one, or `unix:/path`) until the block ends.
 
     `services` are the proto descriptors (`worker_service_pb2.DESCRIPTOR.services_by_name[...]`).
-    Raises OSError when the address cannot be bound, ValueError for a port that cannot be.
+    Without `credentials` it speaks plain text. `health_port` answers health checks in plain text on
+    all addresses, for probes that speak no TLS. Raises OSError when an address cannot be bound,
+    ValueError for a port that cannot be.
     """
-    port_text = address.rpartition(":")[2]
-    if not address.startswith("unix:") and port_text.isdecimal() and int(port_text) > 65535:
-        # gRPC would take the port modulo 65536.
-        raise ValueError(f"cannot listen on {address}: ports go up to 65535")
     server = aio.server(interceptors=[StatusInterceptor()], options=SERVER_OPTIONS)
     add_servicers(server)
     health_servicer = health.aio.HealthServicer()
@@ -215,15 +239,45 @@ async def running_server(
     reflection.enable_server_reflection(
         (*names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
+    port = _bind(server, address, credentials)
+    async with _health_server(health_servicer, health_port) as bound_health_port:
+        await server.start()
+        running = RunningServer(
+            0 if address.startswith("unix:") else port, bound_health_port, health_servicer, names
+        )
+        await running.set_ready(ready)
+        try:
+            yield running
+        finally:
+            await running.set_ready(False)
+            await server.stop(grace_s)
+
+
+@contextlib.asynccontextmanager
+async def _health_server(
+    health_servicer: health.aio.HealthServicer, port: int | None
+) -> AsyncIterator[int | None]:
+    if port is None:
+        yield None
+        return
+    server = aio.server(options=SERVER_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    bound = _bind(server, f"[::]:{port}", None)
+    await server.start()
     try:
-        port = server.add_insecure_port(address)
+        yield bound
+    finally:
+        await server.stop(None)
+
+
+def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    port_text = address.rpartition(":")[2]
+    if not address.startswith("unix:") and port_text.isdecimal() and int(port_text) > 65535:
+        # gRPC would take the port modulo 65536.
+        raise ValueError(f"cannot listen on {address}: ports go up to 65535")
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error
-    await server.start()
-    running = RunningServer(0 if address.startswith("unix:") else port, health_servicer, names)
-    await running.set_ready(ready)
-    try:
-        yield running
-    finally:
-        await running.set_ready(False)
-        await server.stop(grace_s)

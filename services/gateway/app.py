@@ -10,6 +10,7 @@ from starlette.routing import Route, Router
 
 from services.common.errors import RhizomeError
 from services.gateway import health
+from services.gateway.access import Need
 from services.gateway.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from services.gateway.http_errors import HttpError
 from services.gateway.native import generate, info, profile
@@ -37,6 +38,9 @@ _ROUTES: list[tuple[str, list[str], Handler]] = [
     ("/start_profile", ["GET", "POST"], profile.start_profile),
     ("/stop_profile", ["GET", "POST"], profile.stop_profile),
 ]
+# Open to all, and what changes the workers' state; a key is needed for everything else.
+_OPEN = ("/health", "/health_generate", "/metrics")
+_ADMIN = ("/flush_cache", "/start_profile", "/stop_profile")
 _OTHER = "other"
 
 
@@ -73,11 +77,15 @@ class _Endpoint:
         self._serving = serving
         self._path = path
         self._handler = handler
+        self._need = _need(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._serving.limits.max_body_bytes)
         try:
             exchange.check_headers()
+            exchange.tenant = self._serving.access.admit(
+                self._need, exchange.authorization, exchange.tenant
+            )
             await self._handler(self._serving, exchange)
         except ClientGoneError:
             # As nginx logs it; nobody sees it.
@@ -100,6 +108,12 @@ class _Endpoint:
             await exchange.reply_error(error)
         finally:
             self._serving.pipeline.metrics.requests.labels(self._path, str(exchange.status)).inc()
+
+
+def _need(path: str) -> Need:
+    if path in _OPEN:
+        return Need.NOTHING
+    return Need.ADMIN if path in _ADMIN else Need.KEY
 
 
 def _route_error(error: HTTPException, scope: Scope) -> HttpError:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
+
+from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
+from services.common.tls import TlsFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +63,14 @@ class GatewayConfig:
 
     shutdown_grace_s: float = 30.0
     """Time that running requests then get to finish."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    edge: Annotated[EdgeFlags, Parameter(name="*")] = EdgeFlags()
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

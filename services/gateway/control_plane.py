@@ -32,6 +32,7 @@ from services.common.errors import (
     RhizomeError,
     UnavailableError,
 )
+from services.common.peer_tls import PeerTls
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.schedulers import SchedulerSet
 
@@ -148,11 +149,14 @@ class ControlPlane:
         schedulers: Iterable[str],
         metrics: GatewayMetrics,
         num_choices_on: Callable[[str], int] = lambda _: 0,
+        tls: PeerTls | None = None,
     ) -> None:
         self.table = WorkerTable()
         self.addresses = tuple(schedulers)
         self._schedulers = SchedulerSet(
-            self.addresses, lambda last: self.table.update(last.pools, last.awaited_models)
+            self.addresses,
+            lambda last: self.table.update(last.pools, last.awaited_models),
+            tls=tls,
         )
         self._metrics = metrics
         self._num_choices_on = num_choices_on

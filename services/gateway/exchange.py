@@ -22,7 +22,9 @@ T = TypeVar("T")
 REQUEST_ID_HEADER = b"x-request-id"
 TRACE_HEADER = b"x-rhizome-trace"
 TENANT_HEADER = "x-tenant-id"
+AUTHORIZATION_HEADER = "authorization"
 _TENANT_HEADER_BYTES = TENANT_HEADER.encode()
+_AUTHORIZATION_HEADER = AUTHORIZATION_HEADER.encode()
 _MAX_REQUEST_ID_LEN = 128
 _MAX_TENANT_LEN = 128
 TENANT_RULE = f"{TENANT_HEADER} must be at most {_MAX_TENANT_LEN} printable ASCII characters"
@@ -46,6 +48,7 @@ class Exchange:
         self._max_body_bytes = max_body_bytes
         self.request_id = ""
         self.tenant = ""
+        self.authorization: bytes | None = None
         self.traced = False
         self.traceparent = ""
         self._read_headers()
@@ -167,6 +170,8 @@ class Exchange:
                 self.request_id = value.decode("latin-1")
             elif name == _TENANT_HEADER_BYTES:
                 self.tenant = value.decode("latin-1")
+            elif name == _AUTHORIZATION_HEADER:
+                self.authorization = value
             elif name == TRACE_HEADER:
                 self.traced = value == b"1"
             elif name == b"traceparent":

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from services.common.metrics import process_metrics
+from services.common.peer_tls import PeerTls, expiry_metrics, peer_tls
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
 from services.common.tenants import TenantSet, read_tenants
+from services.gateway.access import Access
 from services.gateway.app import GatewayApp
 from services.gateway.config import GatewayConfig
 from services.gateway.control_plane import ControlPlane
+from services.gateway.edge import following_edge
 from services.gateway.exchange import KeepAlive
 from services.gateway.http_server import running_http_server
 from services.gateway.inference_servicer import InferenceServicer
@@ -36,6 +39,7 @@ class RunningGateway:
 
     http_port: int
     grpc_port: int
+    health_port: int | None
     pipeline: Pipeline
 
 
@@ -44,33 +48,29 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
     """Serve HTTP and gRPC until the block ends; then health checks fail, `drain_delay_s` later
     nothing new is taken, and running requests may finish.
 
-    Raises ValueError for a bad file of tenants, OSError for an address that cannot be bound.
+    Raises ValueError for a bad file, OSError for an address that cannot be bound.
     """
-    gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
-    metrics = GatewayMetrics()
-    control = ControlPlane(config.schedulers, metrics, lambda worker: workers.num_choices(worker))
-    tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity)
-    workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside)
-    tenants = TenantSet() if config.tenants is None else read_tenants(config.tenants)
-    pipeline = Pipeline(
-        control, tokenizers, workers, metrics, config.max_inflight_requests, tenants
-    )
-    serving = Serving(
-        pipeline,
-        KeepAlive(config.keepalive_s),
-        Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
-    )
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(process_metrics(metrics.registry))
-        metrics.registry.register(TableCollector(control.table))
-        await stack.enter_async_context(control.following())
-        await stack.enter_async_context(tokenizers.following())
+        tls = await stack.enter_async_context(peer_tls(config.tls))
+        metrics = GatewayMetrics()
+        edge = await stack.enter_async_context(following_edge(config.edge, metrics))
+        serving = _serving(config, metrics, edge.access, tls)
+        pipeline = serving.pipeline
+        registry = metrics.registry
+        for metric in expiry_metrics(tls):
+            registry.register(metric)
+        registry.register(TableCollector(pipeline.control.table))
+        await stack.enter_async_context(process_metrics(registry))
+        await stack.enter_async_context(pipeline.control.following())
+        await stack.enter_async_context(pipeline.tokenizers.following())
         if config.redis_url is not None:
-            store = SharedStore(config.redis_url, metrics.registry, "rhizome_gateway")
+            store = SharedStore(config.redis_url, registry, "rhizome_gateway")
             stack.push_async_callback(store.aclose)
             await stack.enter_async_context(_background(pipeline.rates.share(store)))
-        stack.push_async_callback(workers.aclose)
-        await stack.enter_async_context(_background(workers.watch(), serving.keep_alive.run()))
+        stack.push_async_callback(pipeline.workers.aclose)
+        await stack.enter_async_context(
+            _background(pipeline.workers.watch(), serving.keep_alive.run())
+        )
         server = await stack.enter_async_context(
             running_server(
                 lambda server: add_InferenceServiceServicer_to_server(
@@ -80,6 +80,8 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 config.grpc_listen,
                 ready=False,
                 grace_s=config.shutdown_grace_s,
+                credentials=None if edge.tls is None else edge.tls.server_credentials(),
+                health_port=config.health_port,
             )
         )
         await stack.enter_async_context(_background(_follow_readiness(server, pipeline)))
@@ -89,14 +91,37 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 config.host,
                 config.port,
                 grace_s=config.shutdown_grace_s,
+                tls=None if edge.tls is None else edge.tls.context,
             )
         )
         try:
-            yield RunningGateway(http_port, server.port, pipeline)
+            yield RunningGateway(http_port, server.port, server.health_port, pipeline)
         finally:
             pipeline.closing = True
             await server.set_ready(False)
             await asyncio.sleep(config.drain_delay_s)
+
+
+def _serving(
+    config: GatewayConfig, metrics: GatewayMetrics, access: Access, tls: PeerTls | None
+) -> Serving:
+    gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
+    control = ControlPlane(
+        config.schedulers, metrics, lambda worker: workers.num_choices(worker), tls
+    )
+    tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity, tls=tls)
+    workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside, tls)
+    tenants = TenantSet() if config.tenants is None else read_tenants(config.tenants)
+    pipeline = Pipeline(
+        control, tokenizers, workers, metrics, config.max_inflight_requests, tenants
+    )
+    return Serving(
+        pipeline,
+        KeepAlive(config.keepalive_s),
+        Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
+        access,
+        tls,
+    )
 
 
 @contextlib.asynccontextmanager

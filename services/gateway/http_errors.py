@@ -12,7 +12,9 @@ from services.common.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     RhizomeError,
+    UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
@@ -51,6 +53,11 @@ def error_reply(error: Exception) -> ErrorReply:
     match error:
         case InvalidRequestError():
             status, param = 400, error.param
+        case UnauthenticatedError():
+            status, code = 401, "invalid_api_key"
+            headers.append((b"www-authenticate", b"Bearer"))
+        case PermissionDeniedError():
+            status, code = 403, "permission_denied"
         case NotFoundError():
             status, code, param = 404, "model_not_found", "model"
         case OverloadedError():

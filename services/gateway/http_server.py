@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -87,7 +88,12 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def running_http_server(
-    app: Callable[..., Any], host: str, port: int, *, grace_s: float
+    app: Callable[..., Any],
+    host: str,
+    port: int,
+    *,
+    grace_s: float,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """Serve `app` until the block ends, then let running requests finish for `grace_s`.
 
@@ -105,6 +111,7 @@ async def running_http_server(
         proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(grace_s)),
+        ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -30,7 +30,9 @@ from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServ
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
 from services.common.errors import InvalidRequestError, RhizomeError, UnimplementedError
 from services.common.rpc import MAX_FRAME_BYTES
+from services.gateway.access import Need
 from services.gateway.exchange import (
+    AUTHORIZATION_HEADER,
     TENANT_HEADER,
     TENANT_RULE,
     schedule_id,
@@ -77,9 +79,10 @@ class InferenceServicer(InferenceServiceServicer):
         context: aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> None:
         arrival_s = time.monotonic()
+        tenant = self._admit(context)
         pipeline = self._serving.pipeline
         deadline = _deadline(request, context, self._serving, arrival_s)
-        spec = _spec(request, deadline, _tenant(context))
+        spec = _spec(request, deadline, tenant)
         (prompt,) = await pipeline.prepare(pipeline.control.table.model(request.model), [spec])
         queue = PieceQueue()
         generation = Generation(pipeline, prompt, queue, arrival_s)
@@ -107,6 +110,7 @@ class InferenceServicer(InferenceServiceServicer):
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]
     ) -> EmbedResponse:
+        self._admit(context)
         raise UnimplementedError("embeddings come in a later release")
 
     async def ListModels(
@@ -114,12 +118,25 @@ class InferenceServicer(InferenceServiceServicer):
         request: ListModelsRequest,
         context: aio.ServicerContext[ListModelsRequest, ListModelsResponse],
     ) -> ListModelsResponse:
+        self._admit(context)
         return ListModelsResponse(
             models=[
                 Model(name=model.name, context_length=model.context_length)
                 for model in self._serving.pipeline.control.table.models
             ]
         )
+
+    def _admit(self, context: aio.ServicerContext[Any, Any]) -> str:
+        """The tenant that the caller acts for. Raises what it may not."""
+        tenant, authorization = "", None
+        for key, value in context.invocation_metadata() or ():
+            if key == TENANT_HEADER:
+                tenant = str(value)
+                if not valid_tenant(tenant):
+                    raise InvalidRequestError(TENANT_RULE, TENANT_HEADER)
+            elif key == AUTHORIZATION_HEADER:
+                authorization = str(value).encode("latin-1", "replace")
+        return self._serving.access.admit(Need.KEY, authorization, tenant)
 
 
 async def _answer(
@@ -224,16 +241,6 @@ def _block(rows: LogprobRows, start: int, stop: int) -> LogprobBlock:
         top_logprobs=rows.top_logprobs[start * k : stop * k],
         requested_logprobs=rows.requested_logprobs[start * requested : stop * requested],
     )
-
-
-def _tenant(context: aio.ServicerContext[GenerateRequest, GenerateResponse]) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_HEADER:
-            tenant = str(value)
-            if not valid_tenant(tenant):
-                raise InvalidRequestError(TENANT_RULE, TENANT_HEADER)
-            return tenant
-    return ""
 
 
 def _spec(request: GenerateRequest, deadline: float | None, tenant: str) -> GenerationSpec:

@@ -103,6 +103,12 @@ class GatewayMetrics:
             ("tenant", "limit"),
             registry=registry,
         )
+        self.refused_keys = Counter(
+            "rhizome_gateway_refused_keys_total",
+            "Calls refused for their API key: missing, unknown, not_admin or other_tenant.",
+            ("reason",),
+            registry=registry,
+        )
         self.schedulers_answering = Gauge(
             "rhizome_gateway_schedulers_answering",
             "Schedulers whose worker table is followed now.",

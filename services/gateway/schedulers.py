@@ -19,6 +19,7 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import (
     WatchWorkersResponse,
 )
 from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 from services.gateway.schedule_session import SILENCE_S, SchedulerLostError, ScheduleSession
 
@@ -41,7 +42,12 @@ class SchedulerPeer:
     heard again. A scheduler never heard of is neither silent nor answering.
     """
 
-    def __init__(self, address: str, on_change: Callable[[SchedulerPeer], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        on_change: Callable[[SchedulerPeer], None],
+        tls: PeerTls | None = None,
+    ) -> None:
         self.address = address
         self.is_silent = False
         self.answers_since: float | None = None
@@ -49,7 +55,7 @@ class SchedulerPeer:
         # None before its first.
         self.table: WatchWorkersResponse | None = None
         self._on_change = on_change
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
         self._stub = SchedulerServiceStub(self._channel)
         self._session = ScheduleSession(self._stub)
         self._outcomes: list[RequestOutcome] = []
@@ -146,8 +152,9 @@ class SchedulerSet:
         addresses: Iterable[str],
         on_table: Callable[[WatchWorkersResponse], None],
         clock: Callable[[], float] = time.monotonic,
+        tls: PeerTls | None = None,
     ) -> None:
-        self.peers = [SchedulerPeer(address, self._on_change) for address in addresses]
+        self.peers = [SchedulerPeer(address, self._on_change, tls) for address in addresses]
         self._on_table = on_table
         self._clock = clock
         # Who comes first now, and its term.

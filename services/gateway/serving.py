@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import RhizomeError
+from services.common.peer_tls import PeerTls
+from services.gateway.access import Access
 from services.gateway.exchange import ClientGoneError, EventStream, Exchange, KeepAlive
 from services.gateway.generation import ChoiceListener, GenerationSpec
 from services.gateway.http_errors import error_reply
@@ -35,6 +37,9 @@ class Serving:
     pipeline: Pipeline
     keep_alive: KeepAlive
     limits: Limits
+    access: Access
+    # What calls of workers are made with; None is plain text.
+    tls: PeerTls | None = None
 
     def deadline(self, arrival_s: float) -> float | None:
         """The monotonic time at which a request's time is over."""

@@ -30,6 +30,7 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2 import (
 )
 from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
+from services.common.peer_tls import PeerTls
 from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,11 @@ _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 class TokenizerReplica:
     """One tokenizer: its channel and what it said about itself, None while unreachable."""
 
-    def __init__(self, address: str, answered: asyncio.Event) -> None:
+    def __init__(self, address: str, answered: asyncio.Event, tls: PeerTls | None = None) -> None:
         """`answered` is set whenever it can be used again."""
         self.address = address
         self._answered = answered
-        self.channel = open_channel(address)
+        self.channel = open_channel(address, tls)
         self.stub = TokenizerServiceStub(self.channel)
         self.info: GetTokenizerInfoResponse | None = None
         self._check_now = asyncio.Event()
@@ -115,9 +116,10 @@ class TokenizerPool:
         addresses: Iterable[str],
         identity: Callable[[], PoolIdentity | None],
         wait_s: float = _WAIT_S,
+        tls: PeerTls | None = None,
     ) -> None:
         self._answered = asyncio.Event()
-        self._replicas = [TokenizerReplica(address, self._answered) for address in addresses]
+        self._replicas = [TokenizerReplica(address, self._answered, tls) for address in addresses]
         self._identity = identity
         self._wait_s = wait_s
         self._turn = itertools.count()

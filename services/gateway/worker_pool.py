@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
+from services.common.peer_tls import PeerTls
 from services.gateway.silence import CHECK_INTERVAL_S
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_sessions import WorkerSession
@@ -19,10 +20,12 @@ class WorkerSessions:
         gateway_id: str,
         tokenizers: TokenizerPool,
         has_others: Callable[[str], bool] = lambda worker_id: False,
+        tls: PeerTls | None = None,
     ) -> None:
         self._gateway_id = gateway_id
         self._tokenizers = tokenizers
         self._has_others = has_others
+        self._tls = tls
         self._handles = itertools.count(1)
         self._sessions: dict[tuple[str, int], WorkerSession] = {}
         # Dead ones whose place was taken; their last texts may still be on their way.
@@ -43,6 +46,7 @@ class WorkerSessions:
                 self._tokenizers,
                 self._handles,
                 self._has_others,
+                self._tls,
             )
             self._sessions[key] = session
         return session

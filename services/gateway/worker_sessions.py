@@ -42,6 +42,7 @@ from services.common.errors import (
     error_from_rpc,
 )
 from services.common.outbox import MAX_MESSAGE_IDS, Outbox
+from services.common.peer_tls import PeerTls
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
 from services.gateway.generation import Choice, ChoiceFinish
 from services.gateway.silence import Silence
@@ -81,6 +82,7 @@ class WorkerSession:
         tokenizers: TokenizerPool,
         handles: itertools.count[int],
         has_others: Callable[[str], bool],
+        tls: PeerTls | None = None,
     ) -> None:
         """`has_others` says whether a worker other than the named one could go on."""
         self.worker_id = worker_id
@@ -95,7 +97,7 @@ class WorkerSession:
         self._draining = False
         self._choices: dict[int, Choice] = {}
         self._outbox: Outbox[ConnectRequest] = Outbox(ConnectRequest)
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
         self._stub = WorkerServiceStub(self._channel)
         self._call: aio.StreamStreamCall[ConnectRequest, ConnectResponse] | None = None
         self._was_open = False

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.edge_flags import EdgeFlags
 from services.common.engine_flags import EngineFlags
 from services.common.nodes import HostPort, parse_host_port
 from services.common.policies import PolicyName
+from services.common.tls import TlsFlags
 from services.launch.perf_csv import check_perf_csv
 
 
@@ -63,6 +65,10 @@ class ServeConfig(EngineFlags):
 
     shutdown_grace_s: float = 5.0
     """Longest time that running requests get to finish after SIGTERM."""
+
+    edge: Annotated[EdgeFlags, Parameter(name="*")] = EdgeFlags()
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
@@ -204,6 +210,8 @@ class OfflineConfig(ServeConfig):
 
     def __post_init__(self) -> None:
         ServeConfig.__post_init__(self)
+        if self.edge != EdgeFlags():
+            raise ValueError("offline is its own client: it takes no certificate and no API keys")
         if not self.ready_timeout_s > 0:
             raise ValueError(f"ready_timeout_s must be > 0, got {self.ready_timeout_s}")
         if self.perf_csv is not None and self.node_rank == 0:

@@ -11,6 +11,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.nodes import HostPort
+from services.common.peer_tls import PeerTls, server_credentials
 from services.common.rpc import RunningServer, open_channel, running_server
 
 # Listens on every address of this host.
@@ -47,17 +48,20 @@ def own_address(peer: HostPort) -> str:
         raise HostUnreachableError(f"host 0, {peer.host}: {error}") from error
 
 
-def lifetime_shown(address: str) -> contextlib.AbstractAsyncContextManager[RunningServer]:
+def lifetime_shown(
+    address: str, tls: PeerTls | None = None
+) -> contextlib.AbstractAsyncContextManager[RunningServer]:
     """Host 0's: while the block runs its health is SERVING; at the end it says NOT_SERVING.
 
     Raises OSError when the address cannot be bound.
     """
-    return running_server(lambda server: None, [], address)
+    return running_server(lambda server: None, [], address, credentials=server_credentials(tls))
 
 
 async def until_node_0_ends(
     target: str,
     *,
+    tls: PeerTls | None = None,
     first_contact_s: float = _FIRST_CONTACT_S,
     lost_after_s: float = _LOST_AFTER_S,
 ) -> None:
@@ -66,7 +70,7 @@ async def until_node_0_ends(
     Raises HostUnreachableError when it goes without a word, or is never heard of.
     """
     deadline = time.monotonic() + first_contact_s
-    async with open_channel(target) as channel:
+    async with open_channel(target, tls) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline:
             was_heard = False

@@ -7,7 +7,7 @@ import sys
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import run
+from services.common.process import exit_for, run
 from services.launch.config import OfflineConfig, ServeConfig
 from services.launch.hosts import HostUnreachableError
 from services.launch.offline import BenchFailedError, check_bench_flags, offline
@@ -40,6 +40,8 @@ def main() -> None:
             run(serve(config))
         except (ServiceGaveUpError, HostUnreachableError) as error:
             sys.exit(f"rhizome serve: giving up. {error}")
+        except ValueError as error:
+            exit_for("serve", error)
     elif command == "offline":
         _offline(arguments)
     elif command == "warm":
@@ -66,3 +68,5 @@ def _offline(arguments: list[str]) -> None:
         run(offline(config, bench_flags) if config.node_rank == 0 else serve(config))
     except (ServiceGaveUpError, HostUnreachableError, BenchFailedError) as error:
         sys.exit(f"rhizome offline: {error}")
+    except ValueError as error:
+        exit_for("offline", error)

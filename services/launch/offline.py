@@ -20,6 +20,7 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import (
     WatchWorkersResponse,
 )
 from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
+from services.common.peer_tls import PeerTls, peer_tls
 from services.common.process import EXIT_INTERRUPTED, stop_event
 from services.common.rpc import open_channel
 from services.launch.config import OfflineConfig
@@ -54,11 +55,16 @@ async def offline(config: OfflineConfig, bench_flags: Sequence[str]) -> None:
     not be measured, or where a request failed. Exits with EXIT_INTERRUPTED after a signal.
     """
     stop, ready = stop_event(), asyncio.Event()
-    async with private_directory() as directory, lifetime(config):
-        supervisor = Supervisor(build_topology(config, directory, os.getpid()), directory, echo)
+    async with (
+        peer_tls(config.tls) as tls,
+        private_directory() as directory,
+        lifetime(config, tls),
+    ):
+        specs = build_topology(config, directory, os.getpid())
+        supervisor = Supervisor(specs, directory, echo, tls)
         logger.info("event=starting model=%s", config.model_path)
         system = asyncio.create_task(supervisor.run(ready.set, stop))
-        measuring = asyncio.create_task(_measure(config, bench_flags, directory, ready))
+        measuring = asyncio.create_task(_measure(config, bench_flags, directory, ready, tls))
         await asyncio.wait([system, measuring], return_when=asyncio.FIRST_COMPLETED)
         was_stopped = stop.is_set()
         measuring.cancel()
@@ -76,14 +82,19 @@ async def offline(config: OfflineConfig, bench_flags: Sequence[str]) -> None:
 
 
 async def _measure(
-    config: OfflineConfig, bench_flags: Sequence[str], directory: Path, ready: asyncio.Event
+    config: OfflineConfig,
+    bench_flags: Sequence[str],
+    directory: Path,
+    ready: asyncio.Event,
+    tls: PeerTls | None,
 ) -> Measured:
     """Wait for every replica, then measure. Raises BenchFailedError."""
     counted = [0]
     try:
         async with asyncio.timeout(config.ready_timeout_s):
             await ready.wait()
-            await _until_ready(scheduler_address(config, directory), config.dp, counted)
+            scheduler = scheduler_address(config, directory)
+            await _until_ready(scheduler, config.dp, counted, tls)
     except TimeoutError:
         raise BenchFailedError(
             f"{counted[0]} of {config.dp} replicas were ready after {config.ready_timeout_s:g} s"
@@ -98,9 +109,9 @@ async def _measure(
     return _read(report)
 
 
-async def _until_ready(scheduler: str, count: int, counted: list[int]) -> None:
+async def _until_ready(scheduler: str, count: int, counted: list[int], tls: PeerTls | None) -> None:
     """Return once `count` workers may get requests; `counted` has how many do so far."""
-    async with open_channel(scheduler) as channel:
+    async with open_channel(scheduler, tls) as channel:
         stub = SchedulerServiceStub(channel)
         while True:
             with contextlib.suppress(aio.AioRpcError):

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 
+from services.common.peer_tls import PeerTls, peer_tls
 from services.common.process import stop_event
 from services.launch.config import ServeConfig
 from services.launch.hosts import (
@@ -31,19 +32,24 @@ _LAST_WORD_S = 5.0
 async def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM, or where asked until host 0 ends.
 
-    Raises ServiceGaveUpError and HostUnreachableError.
+    Raises ServiceGaveUpError, HostUnreachableError, and ValueError for bad certificates.
     """
     stop = stop_event()
-    async with private_directory() as directory, lifetime(config), _end(config, stop) as end:
+    async with (
+        peer_tls(config.tls) as tls,
+        private_directory() as directory,
+        lifetime(config, tls),
+        _end(config, stop, tls) as end,
+    ):
         specs = build_topology(config, directory, os.getpid())
         logger.info("event=starting model=%s", config.model_path)
-        supervisor = Supervisor(specs, directory, echo)
+        supervisor = Supervisor(specs, directory, echo, tls)
         await supervisor.run(lambda: print(ready_message(config), flush=True), end)
     logger.info("event=stopped")
 
 
 @contextlib.asynccontextmanager
-async def lifetime(config: ServeConfig) -> AsyncIterator[None]:
+async def lifetime(config: ServeConfig, tls: PeerTls | None) -> AsyncIterator[None]:
     """On host 0, where the others are to end with it: let them see it. Raises
     HostUnreachableError when the port is taken.
     """
@@ -53,20 +59,22 @@ async def lifetime(config: ServeConfig) -> AsyncIterator[None]:
     address = host_and_port(config.node_addr or EVERYWHERE, _lifetime_port(config))
     async with contextlib.AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(lifetime_shown(address))
+            await stack.enter_async_context(lifetime_shown(address, tls))
         except OSError as error:
             raise HostUnreachableError(f"host 0: {error}") from error
         yield
 
 
 @contextlib.asynccontextmanager
-async def _end(config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[asyncio.Event]:
+async def _end(
+    config: ServeConfig, stop: asyncio.Event, tls: PeerTls | None
+) -> AsyncIterator[asyncio.Event]:
     """The event that ends this host's services: a signal, or what becomes of host 0."""
     if not config.end_with_node_0 or config.node_rank == 0:
         yield stop
         return
     end = asyncio.Event()
-    following = asyncio.create_task(_follow(config, stop, end))
+    following = asyncio.create_task(_follow(config, stop, end, tls))
     try:
         yield end
         if following.done():
@@ -76,10 +84,12 @@ async def _end(config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[asynci
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def _follow(config: ServeConfig, stop: asyncio.Event, end: asyncio.Event) -> None:
+async def _follow(
+    config: ServeConfig, stop: asyncio.Event, end: asyncio.Event, tls: PeerTls | None
+) -> None:
     """Set `end` when this host's part is over. Raises HostUnreachableError when host 0 is lost."""
     target = host_and_port(config.meeting_point.host, _lifetime_port(config))
-    node_0 = asyncio.create_task(until_node_0_ends(target))
+    node_0 = asyncio.create_task(until_node_0_ends(target, tls=tls))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([node_0, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -104,7 +114,9 @@ def ready_message(config: ServeConfig) -> str:
     if config.nccl_init_addr is not None and host == EVERYWHERE:
         # The reader may be on another host.
         host = config.meeting_point.host
-    base = f"http://{host_and_port(host, config.port)}"
+    scheme = "http" if config.edge.ssl_files is None else "https"
+    base = f"{scheme}://{host_and_port(host, config.port)}"
+    key = "    -H 'Authorization: Bearer YOUR_KEY' \\\n" if config.edge.asks_for_keys else ""
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -113,7 +125,7 @@ def ready_message(config: ServeConfig) -> str:
     return (
         f"\nRhizome is ready: {base} (OpenAI API: {base}/v1)\n\nTry:\n"
         f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{json.dumps(body)}'\n"
+        f"{key}    -d '{json.dumps(body)}'\n"
     )
 
 

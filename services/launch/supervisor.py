@@ -17,13 +17,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-import grpc
-from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from services.common.config import child_environment
+from services.common.peer_tls import PeerTls
 from services.common.process import EXIT_CANNOT_START
-from services.common.rpc import open_channel
+from services.launch.health import health_check
 from services.launch.topology import ServiceSpec
 
 logger = logging.getLogger(__name__)
@@ -47,11 +44,18 @@ class ServiceGaveUpError(Exception):
 class _Service:
     """One child process over all its restarts."""
 
-    def __init__(self, spec: ServiceSpec, environment: dict[str, str], echo: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        environment: dict[str, str],
+        echo: Callable[[str], None],
+        tls: PeerTls | None,
+    ):
         self.spec = spec
         self.ready = asyncio.Event()
         self._environment = environment
         self._echo = echo
+        self._tls = None if spec.is_public else tls
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._stopping = False
@@ -126,12 +130,10 @@ class _Service:
             self._echo(text)
 
     async def _watch_health(self) -> None:
-        async with open_channel(self.spec.health_target) as channel:
-            while not self.ready.is_set():
-                if await _is_serving(channel):
-                    self.ready.set()
-                    return
+        async with health_check(self.spec.health_target, self._tls) as is_serving:
+            while not await is_serving():
                 await asyncio.sleep(_POLL_S)
+            self.ready.set()
 
     def _obituary(self, status: int, failures: int) -> str:
         if status in _PERMANENT_FAILURES and self._last_lines:
@@ -147,10 +149,18 @@ class Supervisor:
     """Owns the processes of one single-host system."""
 
     def __init__(
-        self, specs: Sequence[ServiceSpec], directory: Path, echo: Callable[[str], None]
+        self,
+        specs: Sequence[ServiceSpec],
+        directory: Path,
+        echo: Callable[[str], None],
+        tls: PeerTls | None = None,
     ) -> None:
-        environment = child_environment({"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"})
-        self._services = [_Service(spec, environment, echo) for spec in specs]
+        """`tls` is what their health is asked with."""
+        common = {"TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"}
+        self._services = [
+            _Service(spec, child_environment({**common, **spec.environment}), echo, tls)
+            for spec in specs
+        ]
 
     async def run(self, on_ready: Callable[[], None], stop: asyncio.Event) -> None:
         """Keep everything running until `stop` is set; call `on_ready` once all are up.
@@ -216,12 +226,3 @@ async def _next_line(stream: asyncio.StreamReader) -> bytes:
     except asyncio.LimitOverrunError as error:
         # Waiting for its end would take more memory and fail.
         return await stream.read(max(1, error.consumed))
-
-
-async def _is_serving(channel: aio.Channel) -> bool:
-    stub = health_pb2_grpc.HealthStub(channel)
-    try:
-        reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-    except grpc.aio.AioRpcError:
-        return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

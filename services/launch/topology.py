@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from services.common.engine_flags import EngineFlags
+from services.common.tls import TlsFlags
 from services.launch.config import ServeConfig
 from services.launch.hosts import EVERYWHERE, host_and_port, own_address
 
@@ -22,10 +23,14 @@ class ServiceSpec:
 
     name: str
     argv: tuple[str, ...]
-    # gRPC target whose health says that it is ready.
+    # gRPC target whose health says that it is ready, or the https:// URL of one that does.
     health_target: str
     # Seconds it gets to finish what it has after SIGTERM.
     grace_s: float
+    # Its gRPC port is the clients': it asks for no certificate of ours.
+    is_public: bool = False
+    # What others must not see on its command line.
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> list[ServiceSpec]:
@@ -42,7 +47,10 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     def service(
         name: str, module: str, listen: str, arguments: tuple[str, ...], grace_s: float
     ) -> ServiceSpec:
-        common = ("--log-level", config.log_level, "--parent-pid", str(parent_pid))
+        common = (
+            *("--log-level", config.log_level, "--parent-pid", str(parent_pid)),
+            *_tls_arguments(config),
+        )
         argv = (sys.executable, "-m", f"services.{module}", *common, *arguments)
         return ServiceSpec(name=name, argv=argv, health_target=listen, grace_s=grace_s)
 
@@ -76,7 +84,11 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     gateway_grace_s = config.shutdown_grace_s + 3.0
     scheduler = _scheduler_arguments(config, addresses)
     return [
-        service("gateway", "gateway", _public_grpc(config), gateway, gateway_grace_s),
+        replace(
+            service("gateway", "gateway", _gateway_health(config), gateway, gateway_grace_s),
+            is_public=True,
+            environment=_gateway_secrets(config),
+        ),
         *replicas,
         service("tokenizer", "tokenizer", addresses.tokenizer, tokenizer, _GRACE_S),
         service("index", "cache_index", addresses.index, index, _GRACE_S),
@@ -141,8 +153,32 @@ def _gateway_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str,
         *("--grpc-listen", _public_grpc(config)),
         *("--tokenizers", addresses.tokenizer, "--schedulers", addresses.scheduler),
         *("--shutdown-grace-s", str(config.shutdown_grace_s)),
-        *(() if config.tenants is None else ("--tenants", str(config.tenants))),
+        *_given(
+            {
+                "--tenants": config.tenants,
+                "--ssl-certfile": config.edge.ssl_certfile,
+                "--ssl-keyfile": config.edge.ssl_keyfile,
+                "--api-keys": config.edge.api_keys,
+            }
+        ),
     )
+
+
+def _tls_arguments(config: ServeConfig) -> tuple[str, ...]:
+    names = (field.name for field in fields(TlsFlags))
+    return _given({f"--{name.replace('_', '-')}": getattr(config.tls, name) for name in names})
+
+
+def _gateway_secrets(config: ServeConfig) -> dict[str, str]:
+    keys = {"API_KEY": config.edge.api_key, "ADMIN_API_KEY": config.edge.admin_api_key}
+    return {f"RHIZOME__GATEWAY__{name}": key for name, key in keys.items() if key is not None}
+
+
+def _gateway_health(config: ServeConfig) -> str:
+    if config.edge.ssl_files is None:
+        return _public_grpc(config)
+    # Its certificate is for the name that clients use, which gRPC would not accept from here.
+    return f"https://{config.host}:{config.port}/health"
 
 
 def _scheduler_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str, ...]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from services.common.policies import PolicyName
 from services.common.redis_url import check_redis_url
+from services.common.tls import TlsFlags
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
     DEFAULT_PREFIX_WEIGHT,
@@ -78,6 +81,12 @@ class SchedulerConfig:
 
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics. Default: none."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

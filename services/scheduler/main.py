@@ -26,11 +26,14 @@ def main() -> None:
 
 async def _serve(config: SchedulerConfig) -> None:
     from services.common.metrics import metrics_server
+    from services.common.peer_tls import expiry_metrics
     from services.scheduler.service import running_scheduler
 
     stop = stop_event()
     async with running_scheduler(config) as scheduler:
-        async with metrics_server(config.metrics_port, scheduler.metrics.registry):
+        async with metrics_server(
+            config.metrics_port, scheduler.metrics.registry, *expiry_metrics(scheduler.tls)
+        ):
             logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
             await stop.wait()
     logger.info("event=stopped")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from grpc import aio
 
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
+from services.common.peer_tls import PeerTls, peer_tls, server_credentials
 from services.common.rpc import RunningServer, open_channel, running_server
 from services.common.shared_store import SharedStore
 from services.common.tenants import read_tenants
@@ -39,6 +40,8 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["SchedulerService"]
 class RunningScheduler:
     server: RunningServer
     metrics: SchedulerMetrics
+    # None: it speaks plain text.
+    tls: PeerTls | None
 
 
 @contextlib.asynccontextmanager
@@ -51,8 +54,10 @@ async def running_scheduler(
     """Serve until the block ends. Raises ValueError for bad files, OSError for a bad address."""
     pools = PoolSet(read_declarations(config.pools) if config.pools is not None else ())
     metrics = SchedulerMetrics()
-    channel = open_channel(config.cache_index) if config.cache_index is not None else None
-    async with index_client(channel, metrics, match_deadline_s) as index:
+    async with (
+        peer_tls(config.tls) as tls,
+        index_client(_index_channel(config, tls), metrics, match_deadline_s) as index,
+    ):
         table = WorkerTable(config.lease_s)
         watch = TableWatch(table, pools)
         table.on_change = watch.notify
@@ -64,13 +69,24 @@ async def running_scheduler(
         sweeper = asyncio.create_task(_sweep_for_ever(placer))
         try:
             async with (
-                running_server(add, [_SERVICE], config.listen, grace_s=grace_s) as server,
+                running_server(
+                    add,
+                    [_SERVICE],
+                    config.listen,
+                    grace_s=grace_s,
+                    credentials=server_credentials(tls),
+                    health_port=config.health_port,
+                ) as server,
                 _standing(config.redis_url, pools, table, watch, metrics),
             ):
-                yield RunningScheduler(server, metrics)
+                yield RunningScheduler(server, metrics, tls)
         finally:
             sweeper.cancel()
             await asyncio.gather(sweeper, return_exceptions=True)
+
+
+def _index_channel(config: SchedulerConfig, tls: PeerTls | None) -> aio.Channel | None:
+    return None if config.cache_index is None else open_channel(config.cache_index, tls)
 
 
 def _assemble(

@@ -35,6 +35,7 @@ async def serve(config: TokenizerConfig) -> None:
     # Late, so that --help and bad flags answer at once.
     from rhizome.tokenizer.v1 import tokenizer_service_pb2, tokenizer_service_pb2_grpc
     from services.common.metrics import metrics_server
+    from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
     from services.common.rpc import running_server
     from services.tokenizer.load import load_parts
     from services.tokenizer.metrics import TokenizerMetrics
@@ -52,7 +53,10 @@ async def serve(config: TokenizerConfig) -> None:
         )
         metrics = TokenizerMetrics()
         servicer = TokenizerServicer(parts, pool, metrics)
-        await stack.enter_async_context(metrics_server(config.metrics_port, metrics.registry))
+        tls = await stack.enter_async_context(peer_tls(config.tls))
+        await stack.enter_async_context(
+            metrics_server(config.metrics_port, metrics.registry, *expiry_metrics(tls))
+        )
         server = await stack.enter_async_context(
             running_server(
                 lambda server: tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(
@@ -60,6 +64,8 @@ async def serve(config: TokenizerConfig) -> None:
                 ),
                 [tokenizer_service_pb2.DESCRIPTOR.services_by_name["TokenizerService"]],
                 config.listen,
+                credentials=server_credentials(tls),
+                health_port=config.health_port,
             )
         )
         logger.info(

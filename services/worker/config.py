@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from services.common.engine_flags import EngineFlags
+from services.common.tls import TlsFlags
 from services.worker.engine.options import EngineOptions
 
 
@@ -40,6 +43,12 @@ class WorkerConfig(EngineFlags):
 
     metrics_port: int | None = None
     """Port that serves Prometheus metrics at /metrics, on host 0. Default: none."""
+
+    health_port: int | None = None
+    """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
+    no TLS. Default: none."""
+
+    tls: Annotated[TlsFlags, Parameter(name="*")] = TlsFlags()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""

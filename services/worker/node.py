@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 
+from services.common.peer_tls import peer_tls, server_credentials
 from services.common.process import EXIT_CANNOT_START, stop_event
 from services.common.rpc import RunningServer, running_server
 from services.worker.config import WorkerConfig
@@ -84,7 +85,7 @@ async def serve_node(config: WorkerConfig) -> None:
     stop = stop_event()
     options = config.engine_options()
     async with _node_ranks(options) as ranks:
-        async with running_server(lambda server: None, [], config.listen, ready=False) as server:
+        async with _health(config) as server:
             logger.info(
                 "event=node_started node_rank=%s rank_0=%s ranks=%s",
                 *(options.node_rank, options.nccl_init_addr, [each.rank for each in ranks]),
@@ -95,6 +96,22 @@ async def serve_node(config: WorkerConfig) -> None:
             finally:
                 readiness.cancel()
     logger.info("event=stopped")
+
+
+@contextlib.asynccontextmanager
+async def _health(config: WorkerConfig) -> AsyncIterator[RunningServer]:
+    async with (
+        peer_tls(config.tls) as tls,
+        running_server(
+            lambda server: None,
+            [],
+            config.listen,
+            ready=False,
+            credentials=server_credentials(tls),
+            health_port=config.health_port,
+        ) as server,
+    ):
+        yield server
 
 
 @contextlib.asynccontextmanager

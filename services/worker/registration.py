@@ -17,6 +17,7 @@ from rhizome.scheduler.v1 import (
     scheduler_service_pb2 as pb,
     scheduler_service_pb2_grpc as pb_grpc,
 )
+from services.common.peer_tls import PeerTls
 from services.common.rpc import open_channel
 from services.worker import wire
 from services.worker.cost_model import CostCoefficients, eviction_cost_ns
@@ -54,11 +55,13 @@ class Registration:
         replica: Replica,
         describe: Callable[[], pb.WorkerDescription],
         times: ReportTimes | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         self._address = address
         self._replica = replica
         self._describe = describe
         self._times = times or ReportTimes()
+        self._tls = tls
         self._changed = replica.watch()
 
     async def run(self) -> None:
@@ -96,7 +99,7 @@ class Registration:
     async def _register(self) -> None:
         """One call from its description to its end."""
         feed = self._replica.reservations.subscribe()
-        channel = open_channel(self._address)
+        channel = open_channel(self._address, self._tls)
         try:
             async with channel:
                 call = pb_grpc.SchedulerServiceStub(channel).RegisterWorker()

@@ -14,7 +14,9 @@ from grpc import aio
 from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc as pb_grpc
 from services.common.errors import UnavailableError
 from services.common.metrics import metrics_server
+from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.rpc import RunningServer, running_server
+from services.common.tls import TlsFlags
 from services.worker.engine_link import EngineLink
 from services.worker.metrics import WorkerCollector
 from services.worker.registration import Registration, describe
@@ -40,8 +42,10 @@ class ServiceOptions:
     advertise_address: str | None = None
     schedulers: tuple[str, ...] = ()
     max_queued_requests: int = 4096
-    # None means: none are served.
+    # None means: none are served, of both.
     metrics_port: int | None = None
+    health_port: int | None = None
+    tls: TlsFlags = field(default_factory=TlsFlags)
     times: SessionTimes = field(default_factory=SessionTimes)
 
 
@@ -85,11 +89,23 @@ async def running_worker(
         pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 
     async with contextlib.AsyncExitStack() as stack:
+        tls = await stack.enter_async_context(peer_tls(options.tls))
         await stack.enter_async_context(
-            metrics_server(options.metrics_port, WorkerCollector(replica, engine_pid))
+            metrics_server(
+                options.metrics_port,
+                WorkerCollector(replica, engine_pid),
+                *expiry_metrics(tls),
+            )
         )
         server = await stack.enter_async_context(
-            running_server(add, [_SERVICE], options.listen, ready=False)
+            running_server(
+                add,
+                [_SERVICE],
+                options.listen,
+                ready=False,
+                credentials=server_credentials(tls),
+                health_port=options.health_port,
+            )
         )
         worker = RunningWorker(server, replica, sessions)
         address = advertised(options, server.port)
@@ -99,7 +115,9 @@ async def running_worker(
             _keep_readiness(replica, server),
         ]
         for scheduler in options.schedulers:
-            registration = Registration(scheduler, replica, lambda: describe(replica, address))
+            registration = Registration(
+                scheduler, replica, lambda: describe(replica, address), tls=tls
+            )
             jobs.append(registration.run())
         tasks = [asyncio.create_task(_guard(job, replica)) for job in jobs]
         try:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.worker.engine.batch import Runner
 from services.worker.engine.distributed.channel import RankLostError
@@ -31,15 +33,27 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def address() -> str:
+def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture
-def node(model_path: Path, address: str, tmp_path: Path) -> Iterator[WorkerProcess]:
-    process = start_node(tmp_path, model_path, address)
+def address() -> str:
+    return free_address()
+
+
+@pytest.fixture
+def health_address() -> str:
+    return free_address()
+
+
+@pytest.fixture
+def node(
+    model_path: Path, address: str, health_address: str, tmp_path: Path
+) -> Iterator[WorkerProcess]:
+    health_port = health_address.rpartition(":")[2]
+    process = start_node(tmp_path, model_path, address, "--health-port", health_port)
     yield process
     process.close()
 
@@ -65,10 +79,14 @@ def generate(driver: StepDriver) -> list[list[int]]:
 
 
 def test_two_nodes_give_the_tokens_of_one(
-    model_path: Path, address: str, node: WorkerProcess
+    model_path: Path, address: str, health_address: str, node: WorkerProcess
 ) -> None:
     runner = open_leader(model_path, address)
     node.wait_until_ready()
+    # Probes speak no TLS, so each node has a port for them.
+    with grpc.insecure_channel(health_address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
     assert generate(StepDriver(runner, page_size=PAGE_SIZE)) == generate(open_driver(model_path))
     runner.close()
     # The group has ended: who keeps the node running shall start it again.

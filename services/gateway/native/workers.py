@@ -32,7 +32,7 @@ async def ask_workers(
         raise UnavailableError("no worker is registered")
 
     async def ask(address: str) -> _T:
-        async with open_channel(address) as channel:
+        async with open_channel(address, serving.tls) as channel:
             return await call(WorkerServiceStub(channel))
 
     try:

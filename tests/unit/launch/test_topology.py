@@ -8,6 +8,8 @@ import pytest
 
 from services.cache_index.config import CacheIndexConfig
 from services.common.config import parse_config
+from services.common.edge_flags import EdgeFlags
+from services.common.tls import TlsFlags
 from services.gateway.config import GatewayConfig
 from services.launch.config import ServeConfig
 from services.launch.hosts import HostUnreachableError
@@ -275,3 +277,39 @@ def test_a_policy_that_the_scheduler_lacks_is_a_bad_flag(
     with pytest.raises(SystemExit) as raised:
         parse_config(ServeConfig, "serve", ["--policy", "bogus"])
     assert raised.value.code == 2
+
+
+def test_the_edge_reaches_the_gateway_and_keys_are_on_no_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edge = EdgeFlags(
+        ssl_certfile=Path("c"),
+        ssl_keyfile=Path("k"),
+        api_key="s3cret-1",
+        admin_api_key="s3cret-2",
+        api_keys=Path("keys.json"),
+    )
+    specs = build_topology(ServeConfig(edge=edge), Path("/private"), 1)
+    assert not any("s3cret" in argument for spec in specs for argument in spec.argv)
+    gateway = next(spec for spec in specs if spec.name == "gateway")
+    assert [spec.name for spec in specs if spec.environment] == ["gateway"]
+    assert gateway.health_target == "https://127.0.0.1:30000/health"
+    for name, value in gateway.environment.items():
+        monkeypatch.setenv(name, value)
+    assert parse_config(GatewayConfig, "gateway", gateway.argv[3:]).edge == edge
+
+
+def test_certificates_reach_every_service_on_every_host() -> None:
+    tls = TlsFlags(
+        tls_cert_file=Path("c"),
+        tls_key_file=Path("k"),
+        tls_ca_file=Path("a"),
+        tls_server_name="rhizome.internal",
+    )
+    hosts = {"dp": 2, "nnodes": 2, "nccl_init_addr": "127.0.0.1:5000"}
+    for more in ({}, {**hosts}, {**hosts, "node_rank": 1}):
+        config = ServeConfig(tls=tls, **more)  # type: ignore[arg-type]
+        assert {service.tls for service in parsed(config).values()} == {tls}
+    # The gateway's port is for clients, and asks for no certificate.
+    specs = build_topology(ServeConfig(tls=tls), Path("/private"), 1)
+    assert [spec.name for spec in specs if spec.is_public] == ["gateway"]

@@ -119,3 +119,12 @@ def test_ranks_that_do_not_join_are_named() -> None:
     store, _ = create_store(2)
     with pytest.raises(RankLostError, match=r"ranks \[1\] of other nodes did not join"):
         accept_ranks(store, range(1, 2), 0.1)
+
+
+def test_the_store_of_one_host_is_not_on_the_network() -> None:
+    store, address = create_store(2)
+    assert address == ("127.0.0.1", store.port)
+    join_store(address, 2).set("key", "value")
+    with pytest.raises(ConnectionRefusedError):
+        # Another of this host's addresses.
+        socket.create_connection(("127.0.0.2", store.port))

@@ -34,11 +34,15 @@ class RankHello(msgspec.Struct, frozen=True):
 
 
 def create_store(size: int, address: HostPort | None = None) -> tuple[TCPStore, HostPort]:
-    """Rank 0's store and where it listens: at `address`, else on a free port of this host.
+    """Rank 0's store and where it listens: at `address`, else on a free port for this host alone.
 
     Raises ValueError when the address cannot be had.
     """
     host, port = address or HostPort(LOOPBACK, 0)
+    # By itself the store listens on all addresses, and it asks nobody who they are.
+    own = None if address is not None else socket.create_server((LOOPBACK, 0))
+    if own is not None:
+        port = own.getsockname()[1]
     try:
         store = TCPStore(
             host,
@@ -47,6 +51,8 @@ def create_store(size: int, address: HostPort | None = None) -> tuple[TCPStore, 
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=JOIN_TIMEOUT_S),
+            # The store closes it.
+            master_listen_fd=None if own is None else own.detach(),
         )
     except RuntimeError as error:
         raise ValueError(f"cannot listen on nccl-init-addr {host}:{port}: {error}") from error
