@@ -88,6 +88,20 @@ def test_the_metrics_page_has_what_is_exported_and_nothing_else(observed: Observ
     assert documented - exported == set(), "in docs/metrics.md, and not exported"
 
 
+def test_what_sglangs_dashboards_ask_for_has_data(observed: Observed, deadline: float) -> None:
+    (model,) = observed.prometheus.api("label/model_name/values")
+    of_model = f'{{model_name="{model}"}}'
+    gauges = ("num_running_reqs", "num_queue_reqs", "gen_throughput", "cache_hit_rate")
+    histograms = ("time_to_first_token_seconds", "e2e_request_latency_seconds")
+    asked = [Asked(name, f"sglang:{name}{of_model}") for name in gauges]
+    for name in (*histograms, "inter_token_latency_seconds", "queue_time_seconds"):
+        rates = f"sum by (le) (rate(sglang:{name}_bucket{of_model}[10s]))"
+        asked.append(Asked(name, f"histogram_quantile(0.99, {rates})"))
+        mean = f"rate(sglang:{name}_sum[10s]) / rate(sglang:{name}_count[10s])"
+        asked.append(Asked(name, f"avg({mean})"))
+    assert without_data(observed, asked, deadline) == []
+
+
 def test_sglangs_names_work_with_underscores_too(observed: Observed, tmp_path: Path) -> None:
     """As docs/metrics.md says it: renamed when they are scraped."""
     page = promql.METRICS_PAGE.read_text()
