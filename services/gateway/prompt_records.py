@@ -46,13 +46,28 @@ class EndedPrompt(Protocol):
         """Of all choices."""
 
 
+class _Series:
+    """The metrics of one model and tenant; looking them up costs more than counting."""
+
+    def __init__(self, metrics: GatewayMetrics, model: str, tenant: str) -> None:
+        self.prompt_tokens = metrics.prompt_tokens.labels(model, tenant)
+        self.cached_tokens = metrics.cached_tokens.labels(model, tenant)
+        self.output_tokens = metrics.output_tokens.labels(model, tenant)
+        self.queue_time = metrics.queue_time.labels(model, tenant)
+        self.request_latency = metrics.request_latency.labels(model, tenant)
+        self.time_to_first_token = metrics.time_to_first_token.labels(model, tenant)
+        self.time_per_output_token = metrics.time_per_output_token.labels(model, tenant)
+
+
 class PromptRecords:
-    """Writes a prompt's end into metrics and its tenant's counts; keeps nothing."""
+    """Writes a prompt's end into metrics and its tenant's counts."""
 
     def __init__(self, metrics: GatewayMetrics, tenants: TenantSet, rates: RateLimits) -> None:
         self._metrics = metrics
         self._tenants = tenants
         self._rates = rates
+        # By model and the tenant's label: as many as there are series.
+        self._series: dict[tuple[str, str], _Series] = {}
 
     def count(self, prompt: Prompt, error: BaseException | None) -> None:
         """A prompt ended, by `error` where there is one."""
@@ -61,22 +76,27 @@ class PromptRecords:
 
     def ended(self, ended: EndedPrompt, error: BaseException | None) -> None:
         """As `count`, and what it took."""
-        metrics, prompt = self._metrics, ended.prompt
+        prompt = ended.prompt
         self.count(prompt, error)
-        whose = (prompt.model, self._tenants.label(prompt.spec.tenant))
-        metrics.prompt_tokens.labels(*whose).inc(len(prompt.token_ids))
-        metrics.cached_tokens.labels(*whose).inc(ended.cached_tokens)
-        metrics.output_tokens.labels(*whose).inc(ended.num_output_tokens)
+        series = self._of(prompt)
+        series.prompt_tokens.inc(len(prompt.token_ids))
+        series.cached_tokens.inc(ended.cached_tokens)
+        series.output_tokens.inc(ended.num_output_tokens)
         self._rates.charge(prompt.spec.tenant, num_tokens=ended.num_output_tokens)
-        metrics.queue_time.labels(*whose).observe(ended.queued_s)
-        metrics.request_latency.labels(*whose).observe(ended.end_s - ended.arrival_s)
+        series.queue_time.observe(ended.queued_s)
+        series.request_latency.observe(ended.end_s - ended.arrival_s)
         if first := ended.first_token_s:
-            metrics.time_to_first_token.labels(*whose).observe(first - ended.arrival_s)
+            series.time_to_first_token.observe(first - ended.arrival_s)
             longest = max(len(choice.output_ids) for choice in ended.choices)
             if longest > 1:
-                metrics.time_per_output_token.labels(*whose).observe(
-                    (ended.end_s - first) / (longest - 1)
-                )
+                series.time_per_output_token.observe((ended.end_s - first) / (longest - 1))
+
+    def _of(self, prompt: Prompt) -> _Series:
+        whose = (prompt.model, self._tenants.label(prompt.spec.tenant))
+        series = self._series.get(whose)
+        if series is None:
+            series = self._series[whose] = _Series(self._metrics, *whose)
+        return series
 
 
 def _outcome(error: BaseException | None) -> str:
