@@ -24,7 +24,7 @@ from deploy.grafana.generate import DASHBOARDS
 from deploy.grafana.panels import Dashboard, Panel, Query
 
 _COLUMNS = 3
-_WIDTH_IN, _ROW_IN, _TOP_IN, _DPI = 13.0, 2.0, 1.0, 72
+_WIDTH_IN, _ROW_IN, _TOP_IN, _TITLE_IN, _DPI = 13.0, 2.0, 1.0, 0.5, 72
 _MOST_LINES = 8
 _COLOURS = 32
 _STEP_S = 3
@@ -51,7 +51,8 @@ class _Picture:
         numbers = [panel for panel in page.panels if panel.kind == "stat"]
         lines = [panel for panel in page.panels if panel.kind == "lines"]
         rows = math.ceil(len(lines) / _COLUMNS)
-        height_in = _ROW_IN * rows + _TOP_IN
+        top_in = _TOP_IN if numbers else _TITLE_IN
+        height_in = _ROW_IN * rows + top_in
         figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI)
         figure.text(0.01, 1 - 0.25 / height_in, page.title, fontsize=13)
         for place, panel in enumerate(numbers):
@@ -61,7 +62,7 @@ class _Picture:
             figure.text(x, 1 - 0.8 / height_in, value, ha="center", fontsize=14)
         axes = figure.subplots(rows, _COLUMNS, squeeze=False)
         edges = {"left": 0.04, "right": 0.99, "hspace": 0.35, "wspace": 0.15}
-        top = 1 - (_TOP_IN + 0.1) / height_in
+        top = 1 - (top_in + 0.1) / height_in
         figure.subplots_adjust(top=top, bottom=0.3 / height_in, **edges)
         for place, axis in enumerate(axes.flat):
             if place < len(lines):

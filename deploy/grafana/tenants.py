@@ -152,7 +152,8 @@ _SERVED = Row(
         ),
         Panel(
             title="Refused: their own fault",
-            description="Prompts with bad parameters. Many: tell the tenant.",
+            description="Prompts that a scheduler or worker could not take as they are. Many: tell "
+            "the tenant. (Bad parameters are refused before, as requests with status 400.)",
             queries=[
                 Query(
                     "sum by (tenant) (rate(rhizome_gateway_prompts_total"
