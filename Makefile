@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures
+.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures test-clients clients
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -22,11 +22,15 @@ serve: install
 	$(BIN)/rhizome serve $(ARGS)
 
 test: install
-	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults'
+	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults and not clients'
 
 # FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
 test-faults: install
 	$(BIN)/pytest -q -m faults
+
+# The clients of other languages, built and run against a system; skipped where tools are missing.
+test-clients: install
+	$(BIN)/pytest -q -rs -m clients tests/clients
 
 check: install
 	ruff format --check .
@@ -46,3 +50,7 @@ dashboards: install
 # Their pictures in docs/images, from a system under load; needs prometheus, takes a few minutes.
 dashboard-pictures: install
 	$(BIN)/python -m tests.e2e.observed
+
+# The code of the Go and TypeScript clients; needs go and npm.
+clients: install
+	clients/generate.sh clients

@@ -32,15 +32,16 @@ class System:
         return f"http://127.0.0.1:{self.port}"
 
 
-def free_port() -> int:
-    """A port that is free together with the next one, where the gRPC API listens."""
+def free_port(num_ports: int = 2) -> int:
+    """The first of so many free ports in a row; the gRPC API listens on a system's second."""
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError, OverflowError):
+            port = 0
+            for i in range(num_ports):
+                listener = held.enter_context(socket.socket())
+                listener.bind(("127.0.0.1", port + i if i else 0))
+                port = port or int(listener.getsockname()[1])
+            return port
 
 
 @contextlib.contextmanager

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"rhizome/common/v1/cache_tier.proto\x12\x11rhizome.common.v1*g\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_TIER_GPU\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_HOST\x10\x02\x12\x15\n\x11\x43\x41\x43HE_TIER_REMOTE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"rhizome/common/v1/cache_tier.proto\x12\x11rhizome.common.v1*g\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_TIER_GPU\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_HOST\x10\x02\x12\x15\n\x11\x43\x41\x43HE_TIER_REMOTE\x10\x03\x42)P\x01Z%rhizome.example/go/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.common.v1.cache_tier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'P\001Z%rhizome.example/go/common/v1;commonv1'
   _globals['_CACHETIER']._serialized_start=57
   _globals['_CACHETIER']._serialized_end=160
 # @@protoc_insertion_point(module_scope)

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rhizome/common/v1/logprobs.proto\x12\x11rhizome.common.v1\"p\n\x0eLogprobOptions\x12\x0e\n\x06output\x18\x01 \x01(\x08\x12\x0f\n\x07num_top\x18\x02 \x01(\r\x12\x19\n\x0cprompt_start\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x04 \x03(\rB\x0f\n\r_prompt_start\"\xa5\x01\n\x0cLogprobBlock\x12\x16\n\x0estart_position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x15\n\rtop_token_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\x12\x1a\n\x12requested_logprobs\x18\x07 \x03(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rhizome/common/v1/logprobs.proto\x12\x11rhizome.common.v1\"p\n\x0eLogprobOptions\x12\x0e\n\x06output\x18\x01 \x01(\x08\x12\x0f\n\x07num_top\x18\x02 \x01(\r\x12\x19\n\x0cprompt_start\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x04 \x03(\rB\x0f\n\r_prompt_start\"\xa5\x01\n\x0cLogprobBlock\x12\x16\n\x0estart_position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x15\n\rtop_token_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\x12\x1a\n\x12requested_logprobs\x18\x07 \x03(\x02\x42)P\x01Z%rhizome.example/go/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.common.v1.logprobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'P\001Z%rhizome.example/go/common/v1;commonv1'
   _globals['_LOGPROBOPTIONS']._serialized_start=55
   _globals['_LOGPROBOPTIONS']._serialized_end=167
   _globals['_LOGPROBBLOCK']._serialized_start=170

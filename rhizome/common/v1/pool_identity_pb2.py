@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rhizome/common/v1/pool_identity.proto\x12\x11rhizome.common.v1\"\x9d\x01\n\x0cPoolIdentity\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x04 \x01(\t\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x14\n\x0chash_version\x18\x06 \x01(\r\";\n\rProtocolRange\x12\x14\n\x0cmin_revision\x18\x01 \x01(\r\x12\x14\n\x0cmax_revision\x18\x02 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rhizome/common/v1/pool_identity.proto\x12\x11rhizome.common.v1\"\x9d\x01\n\x0cPoolIdentity\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x04 \x01(\t\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x14\n\x0chash_version\x18\x06 \x01(\r\";\n\rProtocolRange\x12\x14\n\x0cmin_revision\x18\x01 \x01(\r\x12\x14\n\x0cmax_revision\x18\x02 \x01(\rB)P\x01Z%rhizome.example/go/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.common.v1.pool_identity_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'P\001Z%rhizome.example/go/common/v1;commonv1'
   _globals['_POOLIDENTITY']._serialized_start=61
   _globals['_POOLIDENTITY']._serialized_end=218
   _globals['_PROTOCOLRANGE']._serialized_start=220

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$rhizome/common/v1/text_options.proto\x12\x11rhizome.common.v1\"\xcf\x01\n\x0bTextOptions\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x19\n\x0cno_stop_trim\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12*\n\x1dspaces_between_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x0f\n\r_no_stop_trimB\x16\n\x14_skip_special_tokensB \n\x1e_spaces_between_special_tokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$rhizome/common/v1/text_options.proto\x12\x11rhizome.common.v1\"\xcf\x01\n\x0bTextOptions\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x19\n\x0cno_stop_trim\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12*\n\x1dspaces_between_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x0f\n\r_no_stop_trimB\x16\n\x14_skip_special_tokensB \n\x1e_spaces_between_special_tokensB)P\x01Z%rhizome.example/go/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.common.v1.text_options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'P\001Z%rhizome.example/go/common/v1;commonv1'
   _globals['_TEXTOPTIONS']._serialized_start=60
   _globals['_TEXTOPTIONS']._serialized_end=267
 # @@protoc_insertion_point(module_scope)
