@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures test-clients clients
+.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures test-clients clients cluster-tools test-cluster chart-examples
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -22,7 +22,7 @@ serve: install
 	$(BIN)/rhizome serve $(ARGS)
 
 test: install
-	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults and not clients'
+	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults and not clients and not cluster'
 
 # FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
 test-faults: install
@@ -31,6 +31,14 @@ test-faults: install
 # The clients of other languages, built and run against a system; skipped where tools are missing.
 test-clients: install
 	$(BIN)/pytest -q -rs -m clients tests/clients
+
+# A Kubernetes control plane from source, into a cache folder; needs Go. Minutes, the first time.
+cluster-tools:
+	tests/cluster/tools/build
+
+# What needs that control plane, or root and network namespaces; skipped where there is none.
+test-cluster: install
+	$(BIN)/pytest -q -rs -m cluster tests/cluster
 
 check: install
 	ruff format --check .
@@ -54,3 +62,7 @@ dashboard-pictures: install
 # The code of the Go and TypeScript clients; needs go and npm.
 clients: install
 	clients/generate.sh clients
+
+# What the Helm chart's examples render to, after a change of a template: look at the difference.
+chart-examples: install
+	$(BIN)/python -m tests.chart.examples

@@ -32,9 +32,9 @@ from typing import Any
 import psutil
 import uvloop
 
-_ROOT = Path(__file__).resolve().parents[1]
-_MODEL = _ROOT / "models" / "builtin"
-_TEXT = "The quick brown fox jumps over the lazy dog, and the river runs to the sea. "
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "builtin"
+TEXT = "The quick brown fox jumps over the lazy dog, and the river runs to the sea. "
 _START_TIMEOUT_S = 60.0
 _MEASURED = ("gateway", "tokenizer", "scheduler")
 
@@ -88,7 +88,7 @@ def _run(
     command += ["--streams", str(args.streams), "--tokens", str(tokens)]
     command += ["--seconds", str(args.seconds)]
     before = {name: processes[name].cpu_times() for name in _MEASURED}
-    output = subprocess.run(command, cwd=_ROOT, capture_output=True, check=True, timeout=300)
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
     after = {name: processes[name].cpu_times() for name in _MEASURED}
     user = {name: round(after[name].user - before[name].user, 3) for name in _MEASURED}
     system = {name: round(after[name].system - before[name].system, 3) for name in _MEASURED}
@@ -104,14 +104,14 @@ def _system(
         name: f"unix:{directory}/{name}.sock"
         for name in ("tokenizer", "scheduler", "worker", "grpc")
     }
-    port = _free_port()
+    port = free_port()
     commands = {
         "tokenizer": ["services.tokenizer", "--listen", sockets["tokenizer"]],
         "scheduler": ["services.scheduler", "--listen", sockets["scheduler"]],
         "worker": [
             *("tests.fakes.mock_worker", "--listen", sockets["worker"]),
-            *("--scheduler", sockets["scheduler"], "--model-path", str(_MODEL)),
-            *("--text", _TEXT, "--step-ms", str(args.step_ms)),
+            *("--scheduler", sockets["scheduler"], "--model-path", str(MODEL)),
+            *("--text", TEXT, "--step-ms", str(args.step_ms)),
         ],
         "gateway": [
             *("services.gateway", "--port", str(port), "--grpc-listen", sockets["grpc"]),
@@ -128,16 +128,16 @@ def _system(
                     *(wrapper or [sys.executable]),
                     *("-m", module, *flags, "--parent-pid", str(os.getpid())),
                 ],
-                cwd=_ROOT,
+                cwd=ROOT,
                 stdout=log,
                 stderr=log,
             )
-            stack.callback(_stop, started[name])
-        _wait_healthy(port, directory)
+            stack.callback(stop, started[name])
+        wait_healthy(port, directory)
         yield port, {name: psutil.Process(started[name].pid) for name in _MEASURED}
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(10)
@@ -146,7 +146,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_healthy(port: int, directory: str) -> None:
+def wait_healthy(port: int, directory: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
@@ -157,7 +157,7 @@ def _wait_healthy(port: int, directory: str) -> None:
     raise TimeoutError("the services did not start:\n" + "\n".join(logs))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

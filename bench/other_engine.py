@@ -42,7 +42,7 @@ def main() -> None:
     """Run one worker until SIGTERM."""
     module, *arguments = json.loads(sys.argv[1])
     config = parse_config(WorkerConfig, "worker", sys.argv[2:])
-    configure_logging("worker", config.log_level)
+    configure_logging("worker", config.log_level, config.telemetry.log_format)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     run(serve(config, (sys.executable, "-m", module, *arguments)))

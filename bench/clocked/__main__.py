@@ -24,7 +24,7 @@ from services.launch.topology import build_topology
 def main() -> None:
     """Serve until SIGTERM."""
     config = parse_config(ServeConfig, "serve", sys.argv[1:])
-    configure_logging("launch", config.log_level)
+    configure_logging("launch", config.log_level, config.telemetry.log_format)
     run(_serve(config))
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     own, flags = sys.argv[1 : 1 + NUM_ARGUMENTS], sys.argv[1 + NUM_ARGUMENTS :]
     config = parse_config(ServeConfig, "serve", flags)
-    configure_logging("launch", config.log_level)
+    configure_logging("launch", config.log_level, config.telemetry.log_format)
     die_with_parent(os.getppid())
     run(_serve(config, Slowing.parse(own)))
 

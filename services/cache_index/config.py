@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.cache_index.index import MAX_PREFIXES
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 
 
@@ -36,6 +37,9 @@ class CacheIndexConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """End when this process, the parent, dies."""

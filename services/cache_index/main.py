@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     config = parse_config(CacheIndexConfig, "cache_index")
-    configure_logging("cache_index", config.log_level)
+    configure_logging("cache_index", config.log_level, config.telemetry.log_format)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     try:

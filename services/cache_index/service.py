@@ -19,6 +19,7 @@ from services.cache_index.servicer import CacheIndexServicer
 from services.common.metrics import metrics_server
 from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.rpc import running_server
+from services.common.telemetry import running_tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ async def running_cache_index(config: CacheIndexConfig) -> AsyncIterator[Running
     async with contextlib.AsyncExitStack() as stack:
         tls = await stack.enter_async_context(peer_tls(config.tls))
         discovery = Discovery(index, config.scheduler, tls=tls)
-        servicer = CacheIndexServicer(index, discovery)
+        tracer = await stack.enter_async_context(running_tracer(config.telemetry, "cache_index"))
+        servicer = CacheIndexServicer(index, discovery, tracer)
         await stack.enter_async_context(
             metrics_server(
                 config.metrics_port, IndexCollector(index, discovery), *expiry_metrics(tls)

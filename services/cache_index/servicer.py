@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,9 @@ from services.cache_index.discovery import Discovery
 from services.cache_index.follower import Follower
 from services.cache_index.holders import NUM_TIERS
 from services.cache_index.index import PrefixIndex
+from services.common.spans import NO_TRACER, Tracer
+
+_MATCH_PREFIX = "rhizome.cache_index.v1.CacheIndexService/MatchPrefix"
 
 # By the index's tier.
 _TIERS = (
@@ -26,21 +30,27 @@ _TIERS = (
 class CacheIndexServicer(CacheIndexServiceServicer):
     """Answers from the index as it is now."""
 
-    def __init__(self, index: PrefixIndex, discovery: Discovery) -> None:
+    def __init__(
+        self, index: PrefixIndex, discovery: Discovery, tracer: Tracer = NO_TRACER
+    ) -> None:
         self._index = index
         self._discovery = discovery
+        self._tracer = tracer
 
     async def MatchPrefix(
         self, request: pb.MatchPrefixRequest, context: Any
     ) -> pb.MatchPrefixResponse:
-        return pb.MatchPrefixResponse(matches=self._matches(request.chains))
+        with self._tracer.begin_call(_MATCH_PREFIX, context):
+            return pb.MatchPrefixResponse(matches=self._matches(request.chains))
 
     async def MatchMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         # Reading and writing by hand costs less a message than the iterator does.
         while (request := await context.read()) is not aio.EOF:
-            await context.write(
-                pb.MatchManyResponse(number=request.number, matches=self._matches(request.chains))
-            )
+            began_ns = time.time_ns() if self._tracer.is_on else 0
+            matches = self._matches(request.chains)
+            if self._tracer.is_on:
+                self._trace(request.chains, matches, began_ns)
+            await context.write(pb.MatchManyResponse(number=request.number, matches=matches))
 
     async def GetIndexStatus(
         self, request: pb.GetIndexStatusRequest, context: Any
@@ -51,6 +61,21 @@ class CacheIndexServicer(CacheIndexServiceServicer):
             num_prefixes=self._index.num_prefixes,
             max_prefixes=self._index.max_prefixes,
         )
+
+    def _trace(
+        self, chains: Iterable[pb.HashChain], matches: Iterable[pb.ChainMatch], began_ns: int
+    ) -> None:
+        """A span for each chain that is recorded; the message's chains were matched together."""
+        for chain, match in zip(chains, matches, strict=True):
+            if not chain.traceparent:
+                continue
+            span = self._tracer.begin(_MATCH_PREFIX, chain.traceparent, start_ns=began_ns)
+            span.set(
+                num_pages=len(chain.prefix_hashes),
+                num_workers=len(match.worker_ids),
+                longest_match_pages=max(match.host_pages, default=0),
+            )
+            span.end()
 
     def _matches(self, chains: Iterable[pb.HashChain]) -> list[pb.ChainMatch]:
         match = self._index.match

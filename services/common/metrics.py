@@ -1,4 +1,7 @@
-"""Prometheus metrics over HTTP, on a port of their own, and those that every service has."""
+"""Prometheus metrics over HTTP, on a port of their own, and those that every service has.
+
+Exemplars are in the answers to scrapers that ask for OpenMetrics, as Prometheus does.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,25 @@ async def metrics_server(port: int | None, *collectors: Collector) -> AsyncItera
     registry = CollectorRegistry()
     for collector in collectors:
         registry.register(collector)
+    async with process_metrics(registry), registry_server(port, registry) as bound:
+        yield bound
+
+
+@contextlib.asynccontextmanager
+async def registry_server(
+    port: int | None, registry: CollectorRegistry
+) -> AsyncIterator[int | None]:
+    """As `metrics_server`, and nothing more than what is in `registry`."""
+    if port is None:
+        yield None
+        return
     try:
         server, thread = start_http_server(port, registry=registry)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot serve metrics on port {port}: {error}") from error
     logger.info("event=metrics_served port=%s", server.server_port)
     try:
-        async with process_metrics(registry):
-            yield server.server_port
+        yield server.server_port
     finally:
         server.shutdown()
         server.server_close()

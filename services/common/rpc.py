@@ -61,16 +61,16 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str, tls: PeerTls | None = None) -> aio.Channel:
+def open_channel(address: str, tls: PeerTls | None = None, host: str | None = None) -> aio.Channel:
     """A channel to `host:port` or `unix:/path`; with TLS where this service has a certificate.
 
     Certificates are checked against the host's name, `localhost` for a Unix socket, or against the
-    name that all services have.
+    name that all services have. `host` is the name by which an address was found.
     """
     if tls is None:
         return aio.insecure_channel(address, options=CLIENT_OPTIONS)
     options: list[tuple[str, int | str]] = [*CLIENT_OPTIONS]
-    name = tls.server_name or ("localhost" if address.startswith("unix:") else None)
+    name = tls.server_name or host or ("localhost" if address.startswith("unix:") else None)
     if name is not None:
         options.append(("grpc.ssl_target_name_override", name))
 

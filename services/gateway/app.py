@@ -16,8 +16,16 @@ from services.gateway.http_errors import HttpError
 from services.gateway.native import generate, info, profile
 from services.gateway.openai import chat, completions
 from services.gateway.serving import Serving
+from services.gateway.spans import begin_http, end_http
 
 logger = logging.getLogger(__name__)
+
+# Routes whose requests are traced, and what GenAI conventions call what they do.
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/generate": "text_completion",
+}
 
 Handler = Callable[[Serving, Exchange], Awaitable[None]]
 
@@ -77,10 +85,19 @@ class _Endpoint:
         self._serving = serving
         self._path = path
         self._handler = handler
+        self._operation = _OPERATIONS.get(path)
         self._need = _need(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._serving.limits.max_body_bytes)
+        if self._operation is not None:
+            exchange.span = self._serving.tracer.begin(
+                f"{scope['method']} {self._path}",
+                exchange.traceparent,
+                exchange.tracestate,
+            )
+            if exchange.span.is_recording:
+                begin_http(exchange, self._path, self._operation, exchange.span)
         try:
             exchange.check_headers()
             exchange.tenant = self._serving.access.admit(
@@ -92,22 +109,31 @@ class _Endpoint:
             exchange.status = 499
         except (RhizomeError, HttpError) as error:
             await exchange.reply_error(error)
+            if exchange.status >= 500:
+                exchange.span.fail(error)
             logger.info(
                 "event=request_refused request_id=%s path=%s status=%d error=%.1000s",
                 exchange.request_id,
                 self._path,
                 exchange.status,
                 error,
+                extra=exchange.span.log_fields,
             )
         except Exception as error:
             logger.exception(
-                "event=request_failed request_id=%s path=%s", exchange.request_id, self._path
+                "event=request_failed request_id=%s path=%s",
+                exchange.request_id,
+                self._path,
+                extra=exchange.span.log_fields,
             )
+            exchange.span.fail(error)
             if exchange.status:
                 raise
             await exchange.reply_error(error)
         finally:
             self._serving.pipeline.metrics.requests.labels(self._path, str(exchange.status)).inc()
+            if exchange.span.is_recording:
+                end_http(exchange)
 
 
 def _need(path: str) -> Need:

@@ -10,7 +10,9 @@ from cyclopts import Parameter
 
 from services.common.edge_flags import EdgeFlags
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
+from services.gateway.replica_names import names_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +23,8 @@ class GatewayConfig:
     """gRPC target of a scheduler, preferred first; give the flag again for each replica."""
 
     tokenizers: tuple[str, ...]
-    """gRPC target of a tokenizer; give the flag again for each replica."""
+    """gRPC target of a tokenizer; give the flag again for each replica, or once
+    `dns+all:host:port` for all addresses that a name has, as they change."""
 
     host: str = "127.0.0.1"
     """Address to serve HTTP on."""
@@ -64,6 +67,9 @@ class GatewayConfig:
     shutdown_grace_s: float = 30.0
     """Time that running requests then get to finish."""
 
+    metrics_port: int | None = None
+    """Port that serves Prometheus metrics at /metrics too, which the HTTP port always does.
+    Default: none."""
     health_port: int | None = None
     """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
     no TLS. Default: none."""
@@ -75,6 +81,9 @@ class GatewayConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
+
     parent_pid: int | None = None
     """Die when this process, the parent, dies."""
 
@@ -83,6 +92,8 @@ class GatewayConfig:
             raise ValueError("schedulers must name at least one target")
         if not self.tokenizers:
             raise ValueError("tokenizers must name at least one target")
+        for target in self.tokenizers:
+            names_all(target)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be in [0, 65535], got {self.port}")
         for name in ("max_body_bytes", "max_inflight_requests", "max_client_buffer_bytes"):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from services.common.spans import NO_SPAN
+from services.common.trace_context import TRACEPARENT, TRACESTATE
 from services.gateway.http_errors import HttpError, error_reply
 from services.gateway.http_server import BODY_WRITER_EXTENSION, BodyWriter, chunk
 from services.gateway.metrics import GatewayMetrics
+
+if TYPE_CHECKING:
+    from services.gateway.pipeline import Generation
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -24,6 +29,7 @@ TRACE_HEADER = b"x-rhizome-trace"
 TENANT_HEADER = "x-tenant-id"
 AUTHORIZATION_HEADER = "authorization"
 _TENANT_HEADER_BYTES = TENANT_HEADER.encode()
+_TRACEPARENT_BYTES, _TRACESTATE_BYTES = TRACEPARENT.encode(), TRACESTATE.encode()
 _AUTHORIZATION_HEADER = AUTHORIZATION_HEADER.encode()
 _MAX_REQUEST_ID_LEN = 128
 _MAX_TENANT_LEN = 128
@@ -50,8 +56,13 @@ class Exchange:
         self.tenant = ""
         self.authorization: bytes | None = None
         self.traced = False
+        # W3C trace context as the client sent it.
         self.traceparent = ""
+        self.tracestate = ""
         self._read_headers()
+        self.span = NO_SPAN
+        # Of its prompts, once they are tokenized; kept only for a span that is recorded.
+        self.generations: Sequence[Generation] = ()
 
     def use_request_id(self, request_id: str) -> None:
         """Take the body's `rid` for the header's. Raises HttpError for one that cannot be sent."""
@@ -174,8 +185,10 @@ class Exchange:
                 self.authorization = value
             elif name == TRACE_HEADER:
                 self.traced = value == b"1"
-            elif name == b"traceparent":
-                self.traceparent = value.decode("latin-1")
+            elif name == _TRACEPARENT_BYTES:
+                self.traceparent = _joined(self.traceparent, value)
+            elif name == _TRACESTATE_BYTES:
+                self.tracestate = _joined(self.tracestate, value)
         if not self.request_id:
             self.request_id = secrets.token_hex(16)
 
@@ -201,6 +214,12 @@ class Exchange:
         # The rest of the body stays unread, so the connection cannot be used again.
         error.headers.append((b"connection", b"close"))
         return error
+
+
+def _joined(known: str, value: bytes) -> str:
+    """A header's values as one, as HTTP has them."""
+    text = value.decode("latin-1")
+    return f"{known},{text}" if known else text
 
 
 def valid_request_id(request_id: str) -> bool:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from services.common.metrics import process_metrics
+from services.common.metrics import process_metrics, registry_server
 from services.common.peer_tls import PeerTls, expiry_metrics, peer_tls
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
+from services.common.telemetry import running_tracer
 from services.common.tenants import TenantSet, read_tenants
-from services.gateway.access import Access
 from services.gateway.app import GatewayApp
 from services.gateway.config import GatewayConfig
 from services.gateway.control_plane import ControlPlane
@@ -50,17 +50,29 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
 
     Raises ValueError for a bad file, OSError for an address that cannot be bound.
     """
+    gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
     async with contextlib.AsyncExitStack() as stack:
         tls = await stack.enter_async_context(peer_tls(config.tls))
+        tracer = await stack.enter_async_context(
+            running_tracer(config.telemetry, "gateway", gateway_id)
+        )
         metrics = GatewayMetrics()
         edge = await stack.enter_async_context(following_edge(config.edge, metrics))
-        serving = _serving(config, metrics, edge.access, tls)
-        pipeline = serving.pipeline
+        pipeline = _pipeline(config, gateway_id, metrics, tls)
+        serving = Serving(
+            pipeline,
+            KeepAlive(config.keepalive_s),
+            Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
+            edge.access,
+            tls,
+            tracer,
+        )
         registry = metrics.registry
         for metric in expiry_metrics(tls):
             registry.register(metric)
         registry.register(TableCollector(pipeline.control.table))
         await stack.enter_async_context(process_metrics(registry))
+        await stack.enter_async_context(registry_server(config.metrics_port, registry))
         await stack.enter_async_context(pipeline.control.following())
         await stack.enter_async_context(pipeline.tokenizers.following())
         if config.redis_url is not None:
@@ -102,26 +114,16 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
             await asyncio.sleep(config.drain_delay_s)
 
 
-def _serving(
-    config: GatewayConfig, metrics: GatewayMetrics, access: Access, tls: PeerTls | None
-) -> Serving:
-    gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
+def _pipeline(
+    config: GatewayConfig, gateway_id: str, metrics: GatewayMetrics, tls: PeerTls | None
+) -> Pipeline:
     control = ControlPlane(
         config.schedulers, metrics, lambda worker: workers.num_choices(worker), tls
     )
     tokenizers = TokenizerPool(config.tokenizers, lambda: control.table.identity, tls=tls)
     workers = WorkerSessions(gateway_id, tokenizers, control.table.has_ready_worker_beside, tls)
     tenants = TenantSet() if config.tenants is None else read_tenants(config.tenants)
-    pipeline = Pipeline(
-        control, tokenizers, workers, metrics, config.max_inflight_requests, tenants
-    )
-    return Serving(
-        pipeline,
-        KeepAlive(config.keepalive_s),
-        Limits(config.max_body_bytes, config.max_client_buffer_bytes, config.request_timeout_s),
-        access,
-        tls,
-    )
+    return Pipeline(control, tokenizers, workers, metrics, config.max_inflight_requests, tenants)
 
 
 @contextlib.asynccontextmanager

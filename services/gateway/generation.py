@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from google.protobuf.duration_pb2 import Duration
+
 from rhizome.common.v1.finish_reason_pb2 import FINISH_REASON_LENGTH, FinishReason
 from rhizome.common.v1.logprobs_pb2 import LogprobBlock, LogprobOptions
 from rhizome.common.v1.sampling_params_pb2 import SamplingParams
 from rhizome.common.v1.text_options_pb2 import TextOptions
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import TokenizeInput
 from services.common.errors import RhizomeError
+from services.common.spans import NO_SPAN, Span
 
 # Choices a request may ask for.
 MAX_CHOICES = 128
@@ -45,7 +48,8 @@ class GenerationSpec:
     min_tokens_param: str = "min_tokens"
     # Monotonic; None waits for ever.
     deadline: float | None = None
-    traceparent: str = ""
+    # Of the client's request, which may have several prompts.
+    span: Span = NO_SPAN
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +61,19 @@ class Prompt:
     prefix_hashes: Sequence[int]
     namespace: str
     model: str
+
+
+@dataclass(slots=True)
+class Hops:
+    """Where a prompt's time went, in seconds, and who served it."""
+
+    tokenize_s: float = 0.0
+    schedule_s: float = 0.0
+    # In schedulers' queues; only of requests that are recorded.
+    queue_s: float = 0.0
+    worker_ids: list[str] = field(default_factory=list)
+    policy: str = ""
+    predicted_cached_tokens: int = 0
 
 
 class LogprobRows:
@@ -104,6 +121,20 @@ class LogprobRows:
 
     def requested(self, row: int) -> list[float]:
         return self.requested_logprobs[row * self.num_requested : (row + 1) * self.num_requested]
+
+
+def prompt_rows(options: LogprobOptions | None, choice_index: int) -> LogprobRows | None:
+    """Where a choice gathers the prompt's, if it does."""
+    if options is None or not options.HasField("prompt_start") or choice_index > 0:
+        return None
+    return LogprobRows(options.prompt_start, len(options.token_ids))
+
+
+def output_rows(options: LogprobOptions | None, prompt_len: int) -> LogprobRows | None:
+    """Where a choice gathers its output's, if it does."""
+    if options is None or not options.output:
+        return None
+    return LogprobRows(prompt_len, len(options.token_ids))
 
 
 @dataclass(slots=True, frozen=True)
@@ -163,6 +194,10 @@ class Choice:
     cached_tokens: int = 0
     queue_ns: int = 0
     first_token_s: float = 0.0
+    # Of the attempt under way, and what its worker said of the time that the model took.
+    span: Span = NO_SPAN
+    prefill_ns: int = 0
+    decode_ns: int = 0
     # The worker's terminal entry, while text is still on its way.
     worker_finish: ChoiceFinish | None = None
     # Set once, when the choice has ended.
@@ -207,3 +242,12 @@ class Choice:
         """Note the time of the first token."""
         if not self.first_token_s:
             self.first_token_s = time.monotonic()
+
+
+def remaining_time(deadline: float | None) -> Duration | None:
+    """What is left until a monotonic time, as it travels between services."""
+    if deadline is None:
+        return None
+    duration = Duration()
+    duration.FromNanoseconds(max(0, round((deadline - time.monotonic()) * 1e9)))
+    return duration

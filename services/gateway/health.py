@@ -13,7 +13,6 @@ from services.gateway.control_plane import ServedModel
 from services.gateway.exchange import Exchange, schedule_id
 from services.gateway.generation import GenerationSpec
 from services.gateway.listeners import WholeText
-from services.gateway.metrics import CONTENT_TYPE
 from services.gateway.serving import Serving
 
 _HEALTH_TIMEOUT_S = 20.0
@@ -38,6 +37,7 @@ async def health_generate(serving: Serving, exchange: Exchange) -> None:
         sampling=SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True),
         text_options=TextOptions(),
         deadline=time.monotonic() + _HEALTH_TIMEOUT_S,
+        span=serving.tracer.decline(),
     )
     try:
         async with asyncio.timeout(_HEALTH_TIMEOUT_S):
@@ -54,7 +54,11 @@ async def health_generate(serving: Serving, exchange: Exchange) -> None:
 
 async def metrics(serving: Serving, exchange: Exchange) -> None:
     """GET /metrics."""
-    await exchange.reply(200, serving.pipeline.metrics.render(), CONTENT_TYPE.encode())
+    accept = ",".join(
+        value.decode("latin-1") for name, value in exchange.scope["headers"] if name == b"accept"
+    )
+    body, content_type = serving.pipeline.metrics.render(accept)
+    await exchange.reply(200, body, content_type.encode())
 
 
 async def models(serving: Serving, exchange: Exchange) -> None:

@@ -30,6 +30,7 @@ from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServ
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
 from services.common.errors import InvalidRequestError, RhizomeError, UnimplementedError
 from services.common.rpc import MAX_FRAME_BYTES
+from services.common.spans import Span
 from services.gateway.access import Need
 from services.gateway.exchange import (
     AUTHORIZATION_HEADER,
@@ -53,9 +54,9 @@ from services.gateway.sampling import (
     text_options,
 )
 from services.gateway.serving import Serving
+from services.gateway.spans import begin_rpc, describe_answer, describe_request
 
-# The method's place among the endpoints of metrics.
-_GENERATE = "/rhizome.inference.v1.InferenceService/Generate"
+_GENERATE = "rhizome.inference.v1.InferenceService/Generate"
 _NAMES = ParamNames("sampling.max_new_tokens", "sampling.min_new_tokens", "sampling.seed")
 
 
@@ -70,24 +71,32 @@ class InferenceServicer(InferenceServiceServicer):
         request: GenerateRequest,
         context: aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> None:
-        with self._counted():
-            await self._generate(request, context)
+        with self._counted(), self._serving.tracer.begin_call(_GENERATE, context) as span:
+            await self._generate(request, context, span)
 
     async def _generate(
         self,
         request: GenerateRequest,
         context: aio.ServicerContext[GenerateRequest, GenerateResponse],
+        span: Span,
     ) -> None:
         arrival_s = time.monotonic()
         tenant = self._admit(context)
         pipeline = self._serving.pipeline
         deadline = _deadline(request, context, self._serving, arrival_s)
-        spec = _spec(request, deadline, tenant)
+        spec = _spec(request, deadline, tenant, span)
+        if span.is_recording:
+            begin_rpc(span, "chat" if request.HasField("chat") else "text_completion", spec)
+            describe_request(span, request.model, [spec])
         (prompt,) = await pipeline.prepare(pipeline.control.table.model(request.model), [spec])
         queue = PieceQueue()
         generation = Generation(pipeline, prompt, queue, arrival_s)
-        with pipeline.admitted([prompt], spec.tenant):
-            await _answer(generation, queue, context)
+        try:
+            with pipeline.admitted([prompt], spec.tenant):
+                await _answer(generation, queue, context)
+        finally:
+            if span.is_recording:
+                describe_answer(span, [generation])
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -105,7 +114,7 @@ class InferenceServicer(InferenceServiceServicer):
             status = grpc.StatusCode.INTERNAL
             raise
         finally:
-            self._serving.pipeline.metrics.requests.labels(_GENERATE, status.name).inc()
+            self._serving.pipeline.metrics.requests.labels(f"/{_GENERATE}", status.name).inc()
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]
@@ -243,7 +252,9 @@ def _block(rows: LogprobRows, start: int, stop: int) -> LogprobBlock:
     )
 
 
-def _spec(request: GenerateRequest, deadline: float | None, tenant: str) -> GenerationSpec:
+def _spec(
+    request: GenerateRequest, deadline: float | None, tenant: str, span: Span
+) -> GenerationSpec:
     kind = request.WhichOneof("input")
     if kind is None or (kind == "text" and not request.text):
         raise InvalidRequestError("input is empty: give text, chat or token_ids", "input")
@@ -267,6 +278,7 @@ def _spec(request: GenerateRequest, deadline: float | None, tenant: str) -> Gene
         input_param=kind,
         min_tokens_param=_NAMES.min_new_tokens,
         deadline=deadline,
+        span=span,
     )
 
 

@@ -17,7 +17,7 @@ def main() -> None:
     config = parse_config(GatewayConfig, "gateway")
     if config.parent_pid is not None:
         process.die_with_parent(config.parent_pid)
-    configure_logging("gateway", config.log_level)
+    configure_logging("gateway", config.log_level, config.telemetry.log_format)
     try:
         process.run(_serve(config))
     except (OSError, ValueError) as error:

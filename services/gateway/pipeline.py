@@ -11,7 +11,6 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -26,6 +25,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.common.prefix_hash import cache_namespace, prefix_hashes
+from services.common.spans import Span, SpanKind
 from services.common.tenants import TenantSet
 from services.gateway.attempts import Attempts
 from services.gateway.control_plane import ControlPlane, ServedModel, duration
@@ -33,34 +33,27 @@ from services.gateway.generation import (
     Choice,
     ChoiceListener,
     GenerationSpec,
-    LogprobRows,
+    Hops,
     Prompt,
+    output_rows,
+    prompt_rows,
+    remaining_time,
 )
 from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import check_parameters, check_token_ids, fit_context
 from services.gateway.prompt_records import PromptRecords
 from services.gateway.rate_limits import RateLimits
+from services.gateway.spans import describe_attempt, describe_placement
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
-from services.gateway.worker_sessions import WorkerSession, remaining_time
+from services.gateway.worker_sessions import WorkerSession
 
 logger = logging.getLogger(__name__)
 
 # How long a prompt that lost its worker waits for another one.
 _MIGRATION_PATIENCE_S = 20.0
 _MIGRATION_RETRY_S = 0.2
-
-
-@dataclass(slots=True)
-class Hops:
-    """Where a prompt's time went, in seconds, and who served it."""
-
-    tokenize_s: float = 0.0
-    schedule_s: float = 0.0
-    worker_ids: list[str] = field(default_factory=list)
-    policy: str = ""
-    predicted_cached_tokens: int = 0
 
 
 class Pipeline:
@@ -131,7 +124,10 @@ class Pipeline:
         for namespace, indices in by_namespace.items():
             inputs = [value for i in indices if (value := specs[i].input) is not None]
             try:
-                results = await self.tokenizers.tokenize(inputs, namespace, page_size)
+                with specs[indices[0]].span.child("tokenize", SpanKind.CLIENT) as span:
+                    results = await self.tokenizers.tokenize(
+                        inputs, namespace, page_size, span.traceparent
+                    )
             except InvalidRequestError as error:
                 error.param = error.param or specs[indices[0]].input_param
                 raise
@@ -187,8 +183,8 @@ class Generation:
                 owner=self,
                 listener=listener,
                 trim_stop_id=not spec.text_options.no_stop_trim,
-                prompt_logprobs=_prompt_rows(options, index),
-                output_logprobs=_output_rows(options, len(prompt.token_ids)),
+                prompt_logprobs=prompt_rows(options, index),
+                output_logprobs=output_rows(options, len(prompt.token_ids)),
             )
             for index in range(spec.num_choices)
         ]
@@ -219,19 +215,34 @@ class Generation:
         while pending:
             with metrics.queued.track_inprogress():
                 placement = await self._place(len(pending), attempts)
-            self._submit(pending, placement)
-            code = grpc.StatusCode.CANCELLED.value[0]
-            try:
-                with metrics.running.track_inprogress():
-                    pending = await self._losses()
-                code = self._loss.code if pending and self._loss is not None else 0
-            except RhizomeError as error:
-                code = error.code
-                raise
-            finally:
-                self._report(attempts.number, placement, code)
+            with (
+                metrics.running.track_inprogress(),
+                self.prompt.spec.span.child("attempt", SpanKind.CLIENT) as span,
+            ):
+                pending = await self._attempt(pending, placement, attempts.number, span)
             if pending:
                 self._move_on(attempts, placement.worker_id)
+
+    async def _attempt(
+        self, choices: list[Choice], placement: Placement, number: int, span: Span
+    ) -> list[Choice]:
+        """Run choices where they were placed; returns those that their worker lost."""
+        self._submit(choices, placement, span)
+        code = grpc.StatusCode.CANCELLED.value[0]
+        try:
+            lost = await self._losses()
+            code = 0
+            if lost and self._loss is not None:
+                code = self._loss.code
+                span.fail(self._loss)
+            return lost
+        except RhizomeError as error:
+            code = error.code
+            raise
+        finally:
+            self._report(number, placement, code)
+            if span.is_recording:
+                describe_attempt(span, placement, number, choices)
 
     def choice_ended(self, choice: Choice) -> None:
         self._num_ended += 1
@@ -251,6 +262,19 @@ class Generation:
 
     async def _place(self, num_choices: int, attempts: Attempts) -> Placement:
         """Ask for a worker; a prompt that lost one may have to wait for the next."""
+        with self.prompt.spec.span.child("schedule", SpanKind.CLIENT) as span:
+            placement = await self._ask_for_placement(num_choices, attempts, span.traceparent)
+            if span.is_recording:
+                describe_placement(span, placement)
+                self.hops.queue_s += placement.queued_for.ToNanoseconds() / 1e9
+        self.hops.worker_ids.append(placement.worker_id)
+        self.hops.policy = placement.policy
+        self.hops.predicted_cached_tokens = placement.predicted_cached_tokens
+        return placement
+
+    async def _ask_for_placement(
+        self, num_choices: int, attempts: Attempts, traceparent: str
+    ) -> Placement:
         spec = self.prompt.spec
         started = time.monotonic()
         request = ScheduleRequest(
@@ -267,6 +291,7 @@ class Generation:
             excluded_worker_ids=attempts.excluded_worker_ids,
             num_losses=attempts.num_losses,
             session_id=spec.session_id,
+            traceparent=traceparent,
         )
         while True:
             if (left := remaining_time(spec.deadline)) is not None:
@@ -281,16 +306,14 @@ class Generation:
             del request.excluded_worker_ids[:]
             await asyncio.sleep(_MIGRATION_RETRY_S)
         self.hops.schedule_s += time.monotonic() - started
-        self.hops.worker_ids.append(placement.worker_id)
-        self.hops.policy = placement.policy
-        self.hops.predicted_cached_tokens = placement.predicted_cached_tokens
         return placement
 
-    def _submit(self, choices: list[Choice], placement: Placement) -> None:
+    def _submit(self, choices: list[Choice], placement: Placement, span: Span) -> None:
         session = self._pipeline.workers.session(
             placement.worker_id, placement.address, placement.epoch
         )
         for choice in choices:
+            choice.span = span
             self._sessions[choice] = session
             session.submit(choice, placement.reservation_id, self._logprob_options(choice))
         if not self.placed.done():
@@ -323,11 +346,14 @@ class Generation:
         assert loss is not None, "a choice is lost for a reason"
         attempts.give_up_on(worker_id, loss)
         self._pipeline.metrics.migrations.inc()
+        span = self.prompt.spec.span
+        span.add_event("migration", worker_id=worker_id, reason=loss.message)
         logger.warning(
             "event=request_migrates request_id=%s attempt=%d error=%s",
             self.prompt.spec.schedule_id,
             attempts.number,
             loss.message,
+            extra=span.log_fields,
         )
 
     def _report(self, attempt: int, placement: Placement, code: int) -> None:
@@ -372,31 +398,5 @@ class Generation:
         return min((c.first_token_s for c in self.choices if c.first_token_s), default=0.0)
 
 
-async def run_all(generations: Sequence[Generation]) -> None:
-    """Run prompts side by side; the first failure ends the others."""
-    if len(generations) == 1:
-        await generations[0].run()
-        return
-    tasks = [asyncio.create_task(generation.run()) for generation in generations]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _time_limit(deadline: float | None) -> asyncio.Timeout:
     return asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
-
-
-def _prompt_rows(options: LogprobOptions | None, index: int) -> LogprobRows | None:
-    if options is None or not options.HasField("prompt_start") or index > 0:
-        return None
-    return LogprobRows(options.prompt_start, len(options.token_ids))
-
-
-def _output_rows(options: LogprobOptions | None, prompt_len: int) -> LogprobRows | None:
-    if options is None or not options.output:
-        return None
-    return LogprobRows(prompt_len, len(options.token_ids))

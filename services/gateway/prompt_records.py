@@ -83,13 +83,15 @@ class PromptRecords:
         series.cached_tokens.inc(ended.cached_tokens)
         series.output_tokens.inc(ended.num_output_tokens)
         self._rates.charge(prompt.spec.tenant, num_tokens=ended.num_output_tokens)
-        series.queue_time.observe(ended.queued_s)
-        series.request_latency.observe(ended.end_s - ended.arrival_s)
+        exemplar = prompt.spec.span.exemplar
+        series.queue_time.observe(ended.queued_s, exemplar)
+        series.request_latency.observe(ended.end_s - ended.arrival_s, exemplar)
         if first := ended.first_token_s:
-            series.time_to_first_token.observe(first - ended.arrival_s)
+            series.time_to_first_token.observe(first - ended.arrival_s, exemplar)
             longest = max(len(choice.output_ids) for choice in ended.choices)
             if longest > 1:
-                series.time_per_output_token.observe((ended.end_s - first) / (longest - 1))
+                mean = (ended.end_s - first) / (longest - 1)
+                series.time_per_output_token.observe(mean, exemplar)
 
     def _of(self, prompt: Prompt) -> _Series:
         whose = (prompt.model, self._tenants.label(prompt.spec.tenant))

@@ -12,11 +12,13 @@ from typing import Any
 
 from services.common.errors import RhizomeError
 from services.common.peer_tls import PeerTls
+from services.common.spans import NO_TRACER, Tracer
 from services.gateway.access import Access
 from services.gateway.exchange import ClientGoneError, EventStream, Exchange, KeepAlive
 from services.gateway.generation import ChoiceListener, GenerationSpec
 from services.gateway.http_errors import error_reply
-from services.gateway.pipeline import Generation, Pipeline, run_all
+from services.gateway.pipeline import Generation, Pipeline
+from services.gateway.spans import describe_request
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Serving:
     access: Access
     # What calls of workers are made with; None is plain text.
     tls: PeerTls | None = None
+    tracer: Tracer = NO_TRACER
 
     def deadline(self, arrival_s: float) -> float | None:
         """The monotonic time at which a request's time is over."""
@@ -54,6 +57,8 @@ class Serving:
         listener: Callable[[int], ChoiceListener],
     ) -> list[Generation]:
         """Tokenize all prompts; `listener` makes the listener of prompt i."""
+        if exchange.span.is_recording:
+            describe_request(exchange.span, model, specs)
         prompts = await exchange.watched(
             self.pipeline.prepare(self.pipeline.control.table.model(model), specs)
         )
@@ -64,12 +69,14 @@ class Serving:
         tokenized_s = time.monotonic() - exchange.arrival_s
         for generation in generations:
             generation.hops.tokenize_s = tokenized_s
+        if exchange.span.is_recording:
+            exchange.generations = generations
         return generations
 
     async def run(self, exchange: Exchange, generations: Sequence[Generation]) -> None:
         """Run to the end; the client's disconnect cancels everything."""
         with self.pipeline.admitted([g.prompt for g in generations], exchange.tenant):
-            await exchange.watched(run_all(generations))
+            await exchange.watched(_run_all(generations))
 
     async def stream(
         self,
@@ -118,10 +125,12 @@ class Serving:
                     "event=stream_failed request_id=%s error=%.1000s",
                     exchange.request_id,
                     error.message,
+                    extra=exchange.span.log_fields,
                 )
                 reply = error_reply(error)
                 # What metrics call it; the head is long sent.
                 exchange.status = reply.status
+                exchange.span.fail(error)
                 events.write(b"data: %b\n\n" % reply.body)
             except asyncio.CancelledError:
                 if work.cancelled() and events.overflowed is None:
@@ -157,15 +166,29 @@ class Serving:
         return not work.done() or (not work.cancelled() and work.exception() is None)
 
 
+async def _run_all(generations: Sequence[Generation]) -> None:
+    """Run prompts side by side; the first failure ends the others."""
+    if len(generations) == 1:
+        await generations[0].run()
+        return
+    tasks = [asyncio.create_task(generation.run()) for generation in generations]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _run_with(
     generations: Sequence[Generation], writer: Coroutine[Any, Any, None] | None
 ) -> None:
     if writer is None:
-        await run_all(generations)
+        await _run_all(generations)
         return
     writing = asyncio.create_task(writer)
     try:
-        await run_all(generations)
+        await _run_all(generations)
         await writing
     finally:
         writing.cancel()
@@ -177,8 +200,10 @@ def trace(exchange: Exchange, generation: Generation) -> dict[str, Any]:
     hops, arrival_s = generation.hops, generation.arrival_s
     first_token_s = generation.first_token_s
     first = generation.choices[0]
+    traced = {"trace_id": exchange.span.trace_id} if exchange.span.is_recording else {}
     return {
         "request_id": exchange.request_id,
+        **traced,
         "worker_ids": hops.worker_ids,
         "policy": hops.policy,
         "prompt_tokens": len(generation.prompt.token_ids),

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -32,6 +32,14 @@ from rhizome.tokenizer.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 from services.common.errors import InvalidRequestError, UnavailableError, error_from_rpc
 from services.common.peer_tls import PeerTls
 from services.common.rpc import MAX_MESSAGE_BYTES, open_channel
+from services.gateway.replica_names import (
+    LOOK_UP_INTERVAL_S,
+    Resolve,
+    follow_name,
+    host_of,
+    names_all,
+    resolve,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +56,26 @@ _CALL_TIMEOUT_S = 60.0
 # is still there, which it answers at once. Only who has another one leaves it then.
 _DOUBT_S = 0.5
 _PROBE_TIMEOUT_S = 1.0
+# Texts under way at a replica whose name went have so long to end there.
+_FAREWELL_S = 60.0
 _IDENTITY_FIELDS = ("tokenizer_digest", "template_digest", "hash_version")
 
 
 class TokenizerReplica:
     """One tokenizer: its channel and what it said about itself, None while unreachable."""
 
-    def __init__(self, address: str, answered: asyncio.Event, tls: PeerTls | None = None) -> None:
-        """`answered` is set whenever it can be used again."""
+    def __init__(
+        self,
+        address: str,
+        answered: asyncio.Event,
+        tls: PeerTls | None = None,
+        host: str | None = None,
+    ) -> None:
+        """`answered` is set whenever it can be used again. `host` is whose address it is, where
+        that is not in the address."""
         self.address = address
         self._answered = answered
-        self.channel = open_channel(address, tls)
+        self.channel = open_channel(address, tls, host)
         self.stub = TokenizerServiceStub(self.channel)
         self.info: GetTokenizerInfoResponse | None = None
         self._check_now = asyncio.Event()
@@ -117,9 +134,23 @@ class TokenizerPool:
         identity: Callable[[], PoolIdentity | None],
         wait_s: float = _WAIT_S,
         tls: PeerTls | None = None,
+        resolve: Resolve = resolve,
+        name_interval_s: float = LOOK_UP_INTERVAL_S,
     ) -> None:
+        """An address may be `dns+all:host:port`: all that the name stands for, as it changes."""
         self._answered = asyncio.Event()
-        self._replicas = [TokenizerReplica(address, self._answered, tls) for address in addresses]
+        listed = list(addresses)
+        self._names = [target for target in listed if names_all(target)]
+        self._tls = tls
+        self._resolve = resolve
+        self._name_interval_s = name_interval_s
+        self._replicas = [
+            TokenizerReplica(address, self._answered, tls)
+            for address in listed
+            if address not in self._names
+        ]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._followers: dict[TokenizerReplica, asyncio.Task[None]] = {}
         self._identity = identity
         self._wait_s = wait_s
         self._turn = itertools.count()
@@ -129,15 +160,33 @@ class TokenizerPool:
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         """Watch the replicas until the block ends, then close their channels."""
-        tasks = [asyncio.create_task(replica.follow()) for replica in self._replicas]
+        for replica in self._replicas:
+            self._followers[replica] = asyncio.create_task(replica.follow())
+        for name in self._names:
+            update = _OneName(self, host_of(name)).update
+            self._start(follow_name(name, update, self._resolve, interval_s=self._name_interval_s))
         try:
             yield
         finally:
+            tasks = [*self._tasks, *self._followers.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for replica in self._replicas:
                 await replica.channel.close()
+
+    def add(self, address: str, host: str) -> TokenizerReplica:
+        """A replica that was not there before, at an address of the host."""
+        replica = TokenizerReplica(address, self._answered, self._tls, host)
+        self._replicas.append(replica)
+        self._followers[replica] = asyncio.create_task(replica.follow())
+        return replica
+
+    def remove(self, replica: TokenizerReplica) -> None:
+        """Nothing new goes there; texts under way may end."""
+        self._replicas.remove(replica)
+        self._followers.pop(replica).cancel()
+        self._start(_close_later(replica))
 
     def pick(self) -> TokenizerReplica | None:
         """The next usable replica, or None."""
@@ -163,14 +212,21 @@ class TokenizerPool:
         return None if replica is None else replica.info
 
     async def tokenize(
-        self, inputs: Sequence[TokenizeInput], namespace: str, page_size: int
+        self,
+        inputs: Sequence[TokenizeInput],
+        namespace: str,
+        page_size: int,
+        traceparent: str = "",
     ) -> Sequence[TokenizedInput]:
         """Encode and hash.
 
         Raises InvalidRequestError for what a template refuses, and for prompts that are too long
         for a message.
         """
-        request = TokenizeRequest(inputs=inputs, namespace=namespace, page_size=page_size)
+        # In metadata the context would cost ten times as much.
+        request = TokenizeRequest(
+            inputs=inputs, namespace=namespace, page_size=page_size, traceparent=traceparent
+        )
         num_bytes = request.ByteSize()
         if num_bytes > MAX_MESSAGE_BYTES:
             raise InvalidRequestError(
@@ -209,9 +265,7 @@ class TokenizerPool:
         """The next usable replica; waits while one that is needed may come back."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._wait_s):
-                while (replica := self.pick()) is None and any(
-                    lost.info is None for lost in self._replicas
-                ):
+                while (replica := self.pick()) is None and self._may_come:
                     self._answered.clear()
                     await self._answered.wait()
                 return replica
@@ -235,6 +289,18 @@ class TokenizerPool:
                 replica.suspect()
                 last = error
         raise UnavailableError(self.why_unusable()) from last
+
+    @property
+    def _may_come(self) -> bool:
+        """Whether one that cannot be used now may be usable soon."""
+        if self._names and not self._replicas:
+            return True
+        return any(replica.info is None for replica in self._replicas)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _is_usable(self, replica: TokenizerReplica) -> bool:
         return replica.info is not None and not self._mismatch(replica)
@@ -262,3 +328,25 @@ class TokenizerPool:
             if difference := self._mismatch(replica):
                 return f"tokenizer {replica.address} does not fit the pool: {difference}"
         return "no tokenizer can be reached"
+
+
+class _OneName:
+    """The replicas of a pool that one name stands for."""
+
+    def __init__(self, pool: TokenizerPool, host: str) -> None:
+        self._pool = pool
+        self._host = host
+        self._replicas: dict[str, TokenizerReplica] = {}
+
+    def update(self, addresses: frozenset[str]) -> None:
+        for address in self._replicas.keys() - addresses:
+            self._pool.remove(self._replicas.pop(address))
+        for address in addresses - self._replicas.keys():
+            self._replicas[address] = self._pool.add(address, self._host)
+
+
+async def _close_later(replica: TokenizerReplica) -> None:
+    try:
+        await asyncio.sleep(_FAREWELL_S)
+    finally:
+        await replica.channel.close()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from grpc import aio
 
 from rhizome.common.v1.finish_reason_pb2 import FINISH_REASON_CANCELLED
@@ -44,7 +43,7 @@ from services.common.errors import (
 from services.common.outbox import MAX_MESSAGE_IDS, Outbox
 from services.common.peer_tls import PeerTls
 from services.common.rpc import MAX_PROTOCOL_REVISION, MIN_PROTOCOL_REVISION, open_channel
-from services.gateway.generation import Choice, ChoiceFinish
+from services.gateway.generation import Choice, ChoiceFinish, remaining_time
 from services.gateway.silence import Silence
 from services.gateway.step_watch import StepWatch
 from services.gateway.text_sessions import TextSession
@@ -135,7 +134,7 @@ class WorkerSession:
             logprobs=logprobs,
             namespace=prompt.namespace,
             reservation_id=reservation_id,
-            traceparent=spec.traceparent,
+            traceparent=choice.span.traceparent,
             tenant=spec.tenant,
             priority=spec.priority,
             remaining=remaining_time(spec.deadline),
@@ -203,6 +202,8 @@ class WorkerSession:
                     len(self._choices),
                     error.message,
                 )
+                for choice in self._choices.values():
+                    choice.span.add_event("session_broken", reason=error.message)
             if resume_until is None or now > resume_until or isinstance(error, _UNRESUMABLE):
                 break
             await asyncio.sleep(_RESUME_RETRY_S)
@@ -268,6 +269,8 @@ class WorkerSession:
             raise NotFoundError("the worker no longer has the session")
         for handle in lost_handles:
             self._lose(handle, UnavailableError("the worker lost the sequence"))
+        for choice in self._choices.values():
+            choice.span.add_event("session_resumed")
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._draining = heartbeat.draining
@@ -344,6 +347,9 @@ class WorkerSession:
             if finish.num_output_tokens != len(choice.output_ids):
                 raise SessionBrokenError("a sequence ended before all of its tokens came")
             choice.cached_tokens = max(choice.cached_tokens, finish.cached_tokens)
+            if choice.span.is_recording:
+                choice.prefill_ns += finish.prefill_ns
+                choice.decode_ns += finish.decode_ns
             choice.worker_finish = ChoiceFinish(
                 finish.reason,
                 finish.matched_token_id if finish.HasField("matched_token_id") else None,
@@ -377,15 +383,6 @@ class WorkerSession:
             )
         for handle in list(self._choices):
             self._lose(handle, error)
-
-
-def remaining_time(deadline: float | None) -> Duration | None:
-    """What is left until a monotonic time, as it travels between services."""
-    if deadline is None:
-        return None
-    duration = Duration()
-    duration.FromNanoseconds(max(0, round((deadline - time.monotonic()) * 1e9)))
-    return duration
 
 
 async def _raise_status(call: aio.StreamStreamCall[ConnectRequest, ConnectResponse]) -> None:

@@ -12,6 +12,7 @@ from services.common.edge_flags import EdgeFlags
 from services.common.engine_flags import EngineFlags
 from services.common.nodes import HostPort, parse_host_port
 from services.common.policies import PolicyName
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.launch.perf_csv import check_perf_csv
 
@@ -72,6 +73,9 @@ class ServeConfig(EngineFlags):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     def __post_init__(self) -> None:
         if self.dp < 1:

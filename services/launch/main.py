@@ -35,7 +35,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", _PROGRAMS[command], *arguments])
     if command == "serve":
         config = parse_config(ServeConfig, "serve", arguments, program="rhizome serve")
-        configure_logging("launch", config.log_level)
+        configure_logging("launch", config.log_level, config.telemetry.log_format)
         try:
             run(serve(config))
         except (ServiceGaveUpError, HostUnreachableError) as error:
@@ -63,7 +63,7 @@ def _offline(arguments: list[str]) -> None:
     except ValueError as error:
         print(f"offline: {error}", file=sys.stderr)
         sys.exit(2)
-    configure_logging("launch", config.log_level)
+    configure_logging("launch", config.log_level, config.telemetry.log_format)
     try:
         run(offline(config, bench_flags) if config.node_rank == 0 else serve(config))
     except (ServiceGaveUpError, HostUnreachableError, BenchFailedError) as error:

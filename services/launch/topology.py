@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from services.common.engine_flags import EngineFlags
+from services.common.telemetry import telemetry_arguments
 from services.common.tls import TlsFlags
 from services.launch.config import ServeConfig
 from services.launch.hosts import EVERYWHERE, host_and_port, own_address
@@ -49,6 +50,7 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     ) -> ServiceSpec:
         common = (
             *("--log-level", config.log_level, "--parent-pid", str(parent_pid)),
+            *telemetry_arguments(config.telemetry),
             *_tls_arguments(config),
         )
         argv = (sys.executable, "-m", f"services.{module}", *common, *arguments)

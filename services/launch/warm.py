@@ -13,4 +13,5 @@ from services.launch.topology import worker_arguments
 def warm(config: ServeConfig) -> NoReturn:
     """Become the process that compiles; it says what it did."""
     command = [sys.executable, "-m", "services.worker.warm", *worker_arguments(config)]
-    os.execv(sys.executable, [*command, "--log-level", config.log_level])
+    logs = ("--log-level", config.log_level, "--log-format", config.telemetry.log_format)
+    os.execv(sys.executable, [*command, *logs])

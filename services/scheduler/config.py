@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from services.common.policies import PolicyName
 from services.common.redis_url import check_redis_url
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.scheduler.policies import (
     DEFAULT_EVICTION_WEIGHT,
@@ -58,6 +59,13 @@ class SchedulerConfig:
     """Redis in which several schedulers agree on the one that gateways prefer, such as
     `redis://host:6379/0`. Default: gateways go by the order of their own flags."""
 
+    leader_lease: str | None = None
+    """Name of the Kubernetes Lease in which several schedulers agree on the one that gateways
+    prefer; instead of Redis."""
+
+    kubeconfig: Path | None = None
+    """File to reach Kubernetes with, for `leader_lease`. Default: the pod's service account."""
+
     worker_wait_s: float = 5.0
     """How long a request waits when no worker may serve it (workers may be restarting)."""
 
@@ -91,6 +99,9 @@ class SchedulerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
 
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
+
     parent_pid: int | None = None
     """Exit when this process, the parent, does."""
 
@@ -102,6 +113,12 @@ class SchedulerConfig:
         if self.lease_s <= 1.0:
             raise ValueError(f"lease_s must be > 1, got {self.lease_s}")
         check_redis_url(self.redis_url)
+        if self.redis_url is not None and self.leader_lease is not None:
+            raise ValueError("leader_lease and redis_url both elect a leader: give one of them")
+        if self.leader_lease == "":
+            raise ValueError("leader_lease must not be empty")
+        if self.kubeconfig is not None and self.leader_lease is None:
+            raise ValueError("kubeconfig is for leader_lease, which is not given")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

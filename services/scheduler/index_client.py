@@ -41,6 +41,7 @@ class WorkerMatch(NamedTuple):
 
 class _Question(NamedTuple):
     prefix_hashes: Sequence[int]
+    traceparent: str
     answer: asyncio.Future[tuple[WorkerMatch, ...]]
 
 
@@ -80,7 +81,9 @@ class IndexClient:
     def is_skipped(self) -> bool:
         return self._num_failures >= _FAILURES_TO_SKIP
 
-    async def match(self, prefix_hashes: Sequence[int]) -> tuple[WorkerMatch, ...]:
+    async def match(
+        self, prefix_hashes: Sequence[int], traceparent: str = ""
+    ) -> tuple[WorkerMatch, ...]:
         """Who holds how many leading pages of the chain."""
         if not prefix_hashes:
             return ()
@@ -88,7 +91,7 @@ class IndexClient:
             self._metrics.index_skipped.inc()
             return ()
         loop = asyncio.get_running_loop()
-        question = _Question(prefix_hashes, loop.create_future())
+        question = _Question(prefix_hashes, traceparent, loop.create_future())
         if not self._questions:
             self._collecting_since = loop.time()
         self._questions.append(question)
@@ -128,7 +131,9 @@ class IndexClient:
             self._serving = asyncio.create_task(self._serve())
         request = MatchManyRequest(number=number)
         for question in questions:
-            request.chains.add(prefix_hashes=question.prefix_hashes)
+            request.chains.add(
+                prefix_hashes=question.prefix_hashes, traceparent=question.traceparent
+            )
         self._outbox.push(request)
 
     async def _serve(self) -> None:

@@ -1,4 +1,4 @@
-"""Which of several schedulers gateways prefer: a lease in Redis that the leader renews.
+"""Which of several schedulers gateways prefer: a lease that the leader renews.
 
 A lease with a fencing token (C. Gray, D. Cheriton, "Leases", SOSP 1989), except that nothing is
 fenced: leadership is preference, never correctness. Every scheduler places whoever asks.
@@ -8,66 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable
 
-from services.common.shared_store import SharedStore, StoreDownError
+from services.common.lease import Lease, LeaseUnknownError
 
 logger = logging.getLogger(__name__)
 
-_KEY = "rhizome:scheduler:leader"
-LEASE_S = 3.0
-_RENEW_INTERVAL_S = 1.0
 # Workers find a scheduler that restarts within 2 s: before that it knows only some of them.
 _SETTLE_S = 3.0
-
-# Takes the lease when it is free, renews it when it is ours. Replies the leader's term, 0 when it
-# is another's. Redis's own clock makes terms grow, also over a Redis that lost its data.
-_CLAIM = """
-local lease = redis.call('HMGET', KEYS[1], 'holder', 'term')
-if lease[1] and lease[1] ~= ARGV[1] then return 0 end
-local term = lease[2]
-if not term then
-  local now = redis.call('TIME')
-  term = string.format('%.0f', now[1] * 1000000 + now[2])
-  redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'term', term)
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return tonumber(term)
-"""
-_RESIGN = """
-if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('DEL', KEYS[1]) end
-"""
 
 
 class Leadership:
     """This scheduler's claim to be the one that gateways prefer.
 
-    `term` is 0 while it leads not, else a number above all earlier leaders'. While Redis is down
-    nobody can take the lease, so whoever leads goes on; if another did take it, gateways follow
-    the higher term. A scheduler without a ready worker, or with its first for less than `settle_s`,
+    `term` is 0 while it leads not, else a number above all earlier leaders'. While the lease's
+    keeper is out of reach whoever leads goes on; if another did take it, gateways follow the higher
+    term. A scheduler without a ready worker, or with its first for less than `settle_s`,
     does not stand.
     """
 
     def __init__(
         self,
-        store: SharedStore,
+        lease: Lease,
         has_ready_worker: Callable[[], bool],
         on_change: Callable[[int], None],
         *,
-        lease_s: float = LEASE_S,
         settle_s: float = _SETTLE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.term = 0
-        self._store = store
+        self._lease = lease
         self._has_ready_worker = has_ready_worker
         self._on_change = on_change
-        self._lease_s = lease_s
         self._settle_s = settle_s
         self._clock = clock
-        self._id = secrets.token_hex(8)
         self._ready_since: float | None = None
 
     async def run(self) -> None:
@@ -78,7 +53,7 @@ class Leadership:
                     await self.stand()
                 except Exception:
                     logger.exception("event=stand_failed")
-                await asyncio.sleep(_RENEW_INTERVAL_S)
+                await asyncio.sleep(self._lease.renew_interval_s)
         finally:
             await self.resign()
 
@@ -86,15 +61,13 @@ class Leadership:
         """Take or renew the lease, or give it up for want of workers."""
         if not self._may_lead():
             await self.resign()
-            await self._store.check()
+            await self._lease.check()
             return
         try:
-            (term,) = await self._store.execute(
-                ("EVAL", _CLAIM, 1, _KEY, self._id, round(self._lease_s * 1000))
-            )
-        except StoreDownError:
+            term = await self._lease.claim()
+        except LeaseUnknownError:
             return
-        self._set_term(int(term))
+        self._set_term(term)
 
     async def resign(self) -> None:
         """Lead no more, and say so, so that nobody waits for the lease to end."""
@@ -102,8 +75,8 @@ class Leadership:
             return
         self._set_term(0)
         try:
-            await self._store.execute(("EVAL", _RESIGN, 1, _KEY, self._id))
-        except StoreDownError:
+            await self._lease.release()
+        except LeaseUnknownError:
             logger.debug("event=lease_left_to_expire")
 
     def _may_lead(self) -> bool:

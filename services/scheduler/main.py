@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Parse flags, serve until SIGTERM or SIGINT."""
     config = parse_config(SchedulerConfig, "scheduler")
-    configure_logging("scheduler", config.log_level)
+    configure_logging("scheduler", config.log_level, config.telemetry.log_format)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     try:

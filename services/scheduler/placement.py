@@ -28,7 +28,7 @@ from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.policy import PlacementRequest, Policy, Query
 from services.scheduler.pools import Pool, PoolIdentity, PoolSet
-from services.scheduler.queue import Ticket
+from services.scheduler.queue import PoolQueue, Ticket
 from services.scheduler.reservations import Reservation, ReservationBook
 from services.scheduler.sessions import SessionHomes
 from services.scheduler.views import Load, Worker, WorkerView
@@ -95,6 +95,10 @@ class Placer:
     def position(self, ticket: Ticket) -> int:
         """Requests probably placed before it; 0 while it is not queued."""
         return self._waiting.position(ticket)
+
+    def queue(self, pool: Pool) -> PoolQueue:
+        """What waits in a pool, for those who look."""
+        return self._waiting.backlog(pool).queue
 
     # Requests
 
@@ -319,7 +323,7 @@ class Placer:
             self._waiting.holds.set(ticket, hold)
             ahead.add(hold)
             return _Attempt.HELD
-        self._place(ticket, query, chosen, now)
+        self._place(ticket, query, chosen, now, len(candidates))
         return _Attempt.PLACED
 
     def _still_waits(self, ticket: Ticket, ahead: WorkAhead, now: float) -> bool:
@@ -355,7 +359,9 @@ class Placer:
 
         return tokens(pages), tokens(placed)
 
-    def _place(self, ticket: Ticket, query: Query, chosen: WorkerView, now: float) -> None:
+    def _place(
+        self, ticket: Ticket, query: Query, chosen: WorkerView, now: float, num_candidates: int
+    ) -> None:
         request = ticket.request
         cached = query.cached_tokens.get(chosen.worker_id, 0)
         queued_for_s = now - ticket.opened_at
@@ -370,6 +376,7 @@ class Placer:
             policy=branch,
             queued_for_s=queued_for_s,
             is_suspect=request.is_suspect,
+            num_candidates=num_candidates,
         )
         self._health.note_placed(chosen.worker_id)
         self._overlay.add(chosen.worker_id, request.prefix_hashes, now)
@@ -379,7 +386,9 @@ class Placer:
         self._accounting.charge(reservation.reservation_id, backlog.ledger, ticket.account, service)
         backlog.note_placed(ticket)
         self._metrics.placements.labels(branch).inc()
-        self._metrics.queue_seconds.labels(priority_label(request.priority)).observe(queued_for_s)
+        self._metrics.queue_seconds.labels(priority_label(request.priority)).observe(
+            queued_for_s, request.exemplar
+        )
         ticket.place(reservation)
 
     def _forget(self, worker: Worker) -> None:

@@ -37,6 +37,8 @@ class PlacementRequest:
     excluded_worker_ids: frozenset[str] = frozenset()
     # Tenant and session; None outside a session.
     session: tuple[str, str] | None = None
+    # What histograms keep of it, to lead to its trace; None for one that is not recorded.
+    exemplar: dict[str, str] | None = None
 
     @property
     def is_suspect(self) -> bool:

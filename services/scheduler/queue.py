@@ -170,6 +170,12 @@ class PoolQueue:
     def num_tenants(self) -> int:
         return len(self._num_of_tenant)
 
+    @property
+    def oldest_opened_at(self) -> float | None:
+        """When the ticket came that has waited longest; None for an empty queue."""
+        # The list is made at once: metrics are read in another thread.
+        return min((ticket.opened_at for ticket in list(self._number_of)), default=None)
+
     def num_by_priority(self) -> dict[int, int]:
         return {priority: len(cls) for priority, cls in self._classes.items()}
 

@@ -30,6 +30,8 @@ class Reservation:
     expires_at: float
     # It may be what its earlier workers died of.
     is_suspect: bool = False
+    # Workers that it was chosen from.
+    num_candidates: int = 0
     charged: bool = True
 
 
@@ -78,6 +80,7 @@ class ReservationBook:
         policy: str,
         queued_for_s: float,
         is_suspect: bool = False,
+        num_candidates: int = 0,
     ) -> Reservation:
         """Promise `worker` to the request and charge it."""
         assert key not in self._by_key, "one attempt has one live reservation"
@@ -92,6 +95,7 @@ class ReservationBook:
             queued_for_s,
             now + UNADMITTED_EXPIRY_S,
             is_suspect,
+            num_candidates,
         )
         self._live[reservation_id] = reservation
         self._by_key[key] = reservation

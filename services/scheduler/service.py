@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from grpc import aio
 
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
+from services.common.lease import Lease
 from services.common.peer_tls import PeerTls, peer_tls, server_credentials
 from services.common.rpc import RunningServer, open_channel, running_server
 from services.common.shared_store import SharedStore
+from services.common.spans import Tracer
+from services.common.telemetry import running_tracer
 from services.common.tenants import read_tenants
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.endpoints import WorkerTable
@@ -25,7 +28,9 @@ from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.overlay import PredictionOverlay
 from services.scheduler.placement import Placer
 from services.scheduler.policies import make_policy
+from services.scheduler.pool_load import PoolLoadCollector, PoolLoads
 from services.scheduler.pools import PoolSet, read_declarations
+from services.scheduler.redis_lease import RedisLease
 from services.scheduler.reservations import ReservationBook
 from services.scheduler.servicer import SchedulerServicer
 from services.scheduler.watch import TableWatch
@@ -57,11 +62,12 @@ async def running_scheduler(
     async with (
         peer_tls(config.tls) as tls,
         index_client(_index_channel(config, tls), metrics, match_deadline_s) as index,
+        running_tracer(config.telemetry, "scheduler") as tracer,
     ):
         table = WorkerTable(config.lease_s)
         watch = TableWatch(table, pools)
         table.on_change = watch.notify
-        placer, servicer = _assemble(config, pools, table, watch, metrics, index)
+        placer, servicer = _assemble(config, pools, table, watch, metrics, index, tracer)
 
         def add(server: aio.Server) -> None:
             pb_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
@@ -77,7 +83,7 @@ async def running_scheduler(
                     credentials=server_credentials(tls),
                     health_port=config.health_port,
                 ) as server,
-                _standing(config.redis_url, pools, table, watch, metrics),
+                _standing(config, pools, table, watch, metrics),
             ):
                 yield RunningScheduler(server, metrics, tls)
         finally:
@@ -96,6 +102,7 @@ def _assemble(
     watch: TableWatch,
     metrics: SchedulerMetrics,
     index: IndexClient | None,
+    tracer: Tracer,
 ) -> tuple[Placer, SchedulerServicer]:
     rng = random.Random()
     clock = time.monotonic
@@ -121,35 +128,58 @@ def _assemble(
         tenants=read_tenants(config.tenants) if config.tenants is not None else None,
         worker_wait_s=config.worker_wait_s,
     )
-    servicer = SchedulerServicer(placer, table, pools, watch, metrics, index, config.lease_s)
+    loads = PoolLoads(pools, table, placer.queue, clock)
+    metrics.registry.register(PoolLoadCollector(loads))
+    servicer = SchedulerServicer(
+        placer, table, pools, watch, metrics, index, config.lease_s, loads, tracer
+    )
     return placer, servicer
 
 
 @contextlib.asynccontextmanager
 async def _standing(
-    redis_url: str | None,
+    config: SchedulerConfig,
     pools: PoolSet,
     table: WorkerTable,
     watch: TableWatch,
     metrics: SchedulerMetrics,
 ) -> AsyncIterator[None]:
-    """Stand for leader until the block ends; nothing without Redis."""
-    if redis_url is None:
-        yield
-        return
-    # Not without an election: nobody leading would be nothing to worry about.
-    metrics.gauge("leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0))
-    store = SharedStore(redis_url, metrics.registry, "rhizome_scheduler")
-    leadership = Leadership(
-        store, lambda: any(map(table.num_ready, pools.pools)), on_change=watch.lead
-    )
-    standing = asyncio.create_task(leadership.run())
-    try:
-        yield
-    finally:
-        standing.cancel()
-        await asyncio.gather(standing, return_exceptions=True)
-        await store.aclose()
+    """Stand for leader until the block ends; nothing without a lease."""
+    async with _lease(config, metrics) as lease:
+        if lease is None:
+            yield
+            return
+        # Not without an election: nobody leading would be nothing to worry about.
+        metrics.gauge(
+            "leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0)
+        )
+        leadership = Leadership(
+            lease, lambda: any(map(table.num_ready, pools.pools)), on_change=watch.lead
+        )
+        standing = asyncio.create_task(leadership.run())
+        try:
+            yield
+        finally:
+            standing.cancel()
+            await asyncio.gather(standing, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _lease(config: SchedulerConfig, metrics: SchedulerMetrics) -> AsyncIterator[Lease | None]:
+    """The lease of the leader, where the operator wants one. Raises ValueError."""
+    if config.redis_url is not None:
+        store = SharedStore(config.redis_url, metrics.registry, "rhizome_scheduler")
+        async with contextlib.aclosing(store):
+            yield RedisLease(store)
+    elif config.leader_lease is not None:
+        # The client takes 30 MB, which those do without that need no Kubernetes.
+        from services.common.kubernetes_api import open_kubernetes
+        from services.common.kubernetes_lease import KubernetesLease
+
+        async with contextlib.aclosing(await open_kubernetes(config.kubeconfig)) as api:
+            yield KubernetesLease(api, config.leader_lease)
+    else:
+        yield None
 
 
 async def _sweep_for_ever(placer: Placer) -> None:

@@ -12,12 +12,15 @@ from grpc import aio
 
 from rhizome.scheduler.v1 import scheduler_service_pb2 as pb, scheduler_service_pb2_grpc as pb_grpc
 from services.common.errors import InvalidRequestError, RhizomeError
+from services.common.spans import NO_SPAN, NO_TRACER, Span, SpanKind, Tracer
+from services.common.trace_context import from_metadata
 from services.scheduler import wire
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.index_client import IndexClient, WorkerMatch
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.placement import Placer
 from services.scheduler.policy import PlacementRequest
+from services.scheduler.pool_load import PoolLoads
 from services.scheduler.pools import (
     OUR_PROTOCOL,
     Mismatch,
@@ -29,10 +32,12 @@ from services.scheduler.pools import (
 )
 from services.scheduler.queue import Ticket
 from services.scheduler.schedule_stream import Answer, ScheduleStream
+from services.scheduler.spans import describe_request, describe_reservation
 from services.scheduler.watch import TableWatch
 
 logger = logging.getLogger(__name__)
 
+_SCHEDULE = "rhizome.scheduler.v1.SchedulerService/Schedule"
 # `queued` is due within 100 ms, then every 500 ms.
 _FIRST_QUEUED_S = 0.05
 _QUEUED_INTERVAL_S = 0.5
@@ -52,6 +57,8 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         metrics: SchedulerMetrics,
         index: IndexClient | None,
         lease_s: float,
+        loads: PoolLoads,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._placer = placer
         self._table = table
@@ -60,8 +67,12 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._metrics = metrics
         self._index = index
         self._lease_s = lease_s
+        self._loads = loads
+        self._tracer = tracer
 
     async def Schedule(self, request: pb.ScheduleRequest, context: Any) -> None:  # type: ignore[override]
+        if self._tracer.is_on and not request.traceparent:
+            request.traceparent, _ = from_metadata(context.invocation_metadata())
         await self._schedule(request, context.write)
 
     async def ScheduleMany(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
@@ -121,15 +132,23 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         logger.info("event=worker_drain worker=%s reason=%r", request.worker_id, request.reason)
         return pb.DrainWorkerResponse()
 
+    async def GetPoolLoad(
+        self, request: pb.GetPoolLoadRequest, context: Any
+    ) -> pb.GetPoolLoadResponse:
+        return pb.GetPoolLoadResponse(pools=map(wire.pool_load_message, self._loads.read()))
+
     async def _schedule(self, message: pb.ScheduleRequest, answer: Answer) -> None:
         try:
-            await self._place(message, answer)
+            with self._tracer.begin(_SCHEDULE, message.traceparent) as span:
+                await self._place(message, answer, span)
         except RhizomeError as error:
             self._metrics.failures.labels(error.status.name).inc()
             raise
 
-    async def _place(self, message: pb.ScheduleRequest, answer: Answer) -> None:
-        request = wire.placement_request(message)
+    async def _place(self, message: pb.ScheduleRequest, answer: Answer, span: Span) -> None:
+        request = wire.placement_request(message, span.exemplar)
+        if span.is_recording:
+            describe_request(span, message)
         reservation = self._placer.find_reservation(request.key)
         if reservation is not None:
             await answer(wire.placed_response(reservation))
@@ -141,9 +160,9 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         ask_first = is_new and self._placer.has_choice(ticket)
         try:
             if is_new:
-                self._placer.enqueue(ticket, await self._match(request) if ask_first else ())
+                self._placer.enqueue(ticket, await self._match(request, span) if ask_first else ())
             if not ticket.is_settled:
-                await self._wait(ticket, answer)
+                await self._wait(ticket, answer, span)
             if ticket.error is not None:
                 raise ticket.error
             assert ticket.reservation is not None, "settled without an error"
@@ -151,12 +170,15 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
             # stands; one that never arrives expires unadmitted.
             ticket.is_delivered = True
             await answer(wire.placed_response(ticket.reservation))
+            if span.is_recording:
+                describe_reservation(span, ticket.reservation)
+            span.end()
             if is_new and not ask_first:
-                self._placer.correct(ticket, await self._match(request))
+                self._placer.correct(ticket, await self._match(request, span))
         finally:
             self._placer.leave(ticket)
 
-    async def _wait(self, ticket: Ticket, answer: Answer) -> None:
+    async def _wait(self, ticket: Ticket, answer: Answer, span: Span) -> None:
         """Until the ticket is settled, say how many are ahead and keep its matches fresh."""
         settled = asyncio.Event()
         ticket.listeners.append(settled.set)
@@ -169,14 +191,23 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
                 return
             position = self._placer.position(ticket)
             await answer(wire.queued_response(position))
+            if delay == _FIRST_QUEUED_S:
+                span.add_event("queued", position=position)
             delay = _QUEUED_INTERVAL_S
             if position < _REFRESH_POSITIONS:
                 self._placer.enqueue(ticket, await self._match(ticket.request))
 
-    async def _match(self, request: PlacementRequest) -> tuple[WorkerMatch, ...]:
+    async def _match(
+        self, request: PlacementRequest, span: Span = NO_SPAN
+    ) -> tuple[WorkerMatch, ...]:
         if self._index is None:
             return ()
-        return await self._index.match(request.prefix_hashes)
+        if not span.is_recording or not request.prefix_hashes:
+            return await self._index.match(request.prefix_hashes)
+        with span.child("match", SpanKind.CLIENT) as asking:
+            matches = await self._index.match(request.prefix_hashes, asking.traceparent)
+            asking.set(num_workers=len(matches), is_skipped=self._index.is_skipped)
+            return matches
 
     def _compare(
         self, identity: PoolIdentity, protocol: ProtocolRange

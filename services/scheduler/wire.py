@@ -19,6 +19,7 @@ from services.scheduler.accounting import Outcome
 from services.scheduler.costs import DEFAULT_COST_MODEL, CostModel
 from services.scheduler.endpoints import PoolLimits, WorkerTable
 from services.scheduler.policy import PlacementRequest
+from services.scheduler.pool_load import PoolLoad
 from services.scheduler.pools import Mismatch, PoolIdentity, PoolSet, ProtocolRange
 from services.scheduler.reservations import Reservation
 from services.scheduler.views import Load, Worker, WorkerRole, WorkerState, WorkerView
@@ -50,7 +51,9 @@ _WORKER_FAILURES = frozenset(
 _NO_ROOM = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
-def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
+def placement_request(
+    message: pb.ScheduleRequest, exemplar: dict[str, str] | None = None
+) -> PlacementRequest:
     """Raises InvalidRequestError."""
     if not message.request_id:
         raise InvalidRequestError("request_id must not be empty", "request_id")
@@ -72,6 +75,7 @@ def placement_request(message: pb.ScheduleRequest) -> PlacementRequest:
         num_losses=message.num_losses,
         excluded_worker_ids=frozenset(message.excluded_worker_ids),
         session=(message.tenant, message.session_id) if message.session_id else None,
+        exemplar=exemplar,
     )
 
 
@@ -224,6 +228,27 @@ def table_response(table: WorkerTable, pools: PoolSet) -> pb.WatchWorkersRespons
         ],
         awaited_models=[
             pool.name for pool in pools.pools if pool.identity is None and pool.name is not None
+        ],
+    )
+
+
+def pool_load_message(load: PoolLoad) -> pb.PoolLoad:
+    """What is not known is left unset."""
+    return pb.PoolLoad(
+        model=load.model,
+        num_queued=load.num_queued,
+        oldest_queued=_duration(load.oldest_queued_s),
+        saturation=load.saturation,
+        kv_used_ratio=load.kv_used_ratio,
+        workers=[
+            pb.WorkerLoad(
+                worker_id=view.worker_id,
+                state=_STATES[view.state],
+                num_running=view.load.num_running,
+                num_waiting=view.load.num_waiting,
+                num_promised=view.charge.num_sequences,
+            )
+            for view in load.workers
         ],
     )
 

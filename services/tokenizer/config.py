@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 
 
@@ -42,6 +43,9 @@ class TokenizerConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much to log."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """End when this process, the parent, ends."""

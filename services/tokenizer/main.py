@@ -21,7 +21,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 def main() -> None:
     config = parse_config(TokenizerConfig, "tokenizer")
-    configure_logging("tokenizer", config.log_level)
+    configure_logging("tokenizer", config.log_level, config.telemetry.log_format)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     try:
@@ -37,6 +37,7 @@ async def serve(config: TokenizerConfig) -> None:
     from services.common.metrics import metrics_server
     from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
     from services.common.rpc import running_server
+    from services.common.telemetry import running_tracer
     from services.tokenizer.load import load_parts
     from services.tokenizer.metrics import TokenizerMetrics
     from services.tokenizer.servicer import TokenizerServicer
@@ -52,7 +53,8 @@ async def serve(config: TokenizerConfig) -> None:
             ThreadPoolExecutor(config.num_encode_threads, thread_name_prefix="encode")
         )
         metrics = TokenizerMetrics()
-        servicer = TokenizerServicer(parts, pool, metrics)
+        tracer = await stack.enter_async_context(running_tracer(config.telemetry, "tokenizer"))
+        servicer = TokenizerServicer(parts, pool, metrics, tracer)
         tls = await stack.enter_async_context(peer_tls(config.tls))
         await stack.enter_async_context(
             metrics_server(config.metrics_port, metrics.registry, *expiry_metrics(tls))

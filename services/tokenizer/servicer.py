@@ -17,6 +17,7 @@ from rhizome.tokenizer.v1 import (
 )
 from services.common.errors import InvalidRequestError, OverloadedError
 from services.common.rpc import MAX_MESSAGE_BYTES
+from services.common.spans import NO_TRACER, Tracer
 from services.tokenizer.chat import Chat, ChatTemplate
 from services.tokenizer.detokenize import open_detokenizer
 from services.tokenizer.encode import Encoder, Text, id_slices, sliced_prefix_hashes
@@ -31,6 +32,8 @@ _MAX_WAITING = 1024
 
 # Of each result in a response, beside the result itself: its tag and length.
 _RESULT_OVERHEAD = 8
+
+_TOKENIZE = "rhizome.tokenizer.v1.TokenizerService/Tokenize"
 
 Result = TypeVar("Result")
 
@@ -52,22 +55,32 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     """
 
     def __init__(
-        self, parts: TokenizerParts, pool: ThreadPoolExecutor, metrics: TokenizerMetrics
+        self,
+        parts: TokenizerParts,
+        pool: ThreadPoolExecutor,
+        metrics: TokenizerMetrics,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._parts = parts
         self._pool = pool
         self._metrics = metrics
+        self._tracer = tracer
         self._num_waiting = 0
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        with self._metrics.call("tokenize"):
+        with (
+            self._tracer.begin_call(_TOKENIZE, context, request.traceparent) as span,
+            self._metrics.call("tokenize"),
+        ):
             if request.ByteSize() <= _SHORT_BYTES:
                 response = tokenize(self._parts, request)
             else:
                 response = await self._in_pool(lambda: tokenize(self._parts, request))
-        self._metrics.prompt_tokens.inc(sum(len(result.token_ids) for result in response.results))
+            num_tokens = sum(len(result.token_ids) for result in response.results)
+            span.set(num_prompts=len(request.inputs), num_prompt_tokens=num_tokens)
+        self._metrics.prompt_tokens.inc(num_tokens)
         return response
 
     async def Detokenize(

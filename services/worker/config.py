@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from services.common.engine_flags import EngineFlags
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.worker.engine.options import EngineOptions
 
@@ -42,7 +43,8 @@ class WorkerConfig(EngineFlags):
     """Longest time that running sequences get to finish after SIGTERM."""
 
     metrics_port: int | None = None
-    """Port that serves Prometheus metrics at /metrics, on host 0. Default: none."""
+    """Port that serves Prometheus metrics at /metrics; on hosts above 0 those of the process.
+    Default: none."""
 
     health_port: int | None = None
     """Port of health checks (grpc.health.v1) in plain text, on all addresses, for probes that speak
@@ -52,6 +54,9 @@ class WorkerConfig(EngineFlags):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least serious log line that is printed."""
+
+    telemetry: Annotated[TelemetryFlags, Parameter(name="*")] = TelemetryFlags()
+    """Traces and the form of logs."""
 
     parent_pid: int | None = None
     """Process to die with; set by the launcher."""
@@ -67,8 +72,6 @@ class WorkerConfig(EngineFlags):
                 "advertise_address must say how others reach a worker that listens on "
                 f"{self.listen}"
             )
-        if self.metrics_port is not None and self.node_rank > 0:
-            raise ValueError(f"metrics_port is for host 0, this is host {self.node_rank}")
         for label in self.label:
             if not label.partition("=")[1]:
                 raise ValueError(f"label must be key=value, got {label!r}")
@@ -110,6 +113,7 @@ class WorkerConfig(EngineFlags):
             quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
+            log_format=self.telemetry.log_format,
             profile_dir=self.profile_dir,
             context_length=self.context_length,
             max_running_sequences=self.max_running_requests,

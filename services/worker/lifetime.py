@@ -97,6 +97,7 @@ def service_options(config: WorkerConfig) -> ServiceOptions:
         schedulers=config.scheduler,
         max_queued_requests=config.max_queued_requests,
         metrics_port=config.metrics_port,
+        telemetry=config.telemetry,
         health_port=config.health_port,
         tls=config.tls,
     )

@@ -22,7 +22,7 @@ EXIT_ENGINE_DIED = 4
 def main() -> None:
     """Run one worker until SIGTERM, SIGINT, or the end of its engine."""
     config = parse_config(WorkerConfig, "worker")
-    configure_logging("worker", config.log_level)
+    configure_logging("worker", config.log_level, config.telemetry.log_format)
     # Imported late: --help and bad flags need none of it.
     from services.common.process import EXIT_CANNOT_START, die_with_parent, exit_for, run
     from services.worker.lifetime import serve

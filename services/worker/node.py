@@ -13,7 +13,8 @@ import os
 import sys
 from collections.abc import AsyncIterator
 
-from services.common.peer_tls import peer_tls, server_credentials
+from services.common.metrics import metrics_server
+from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.process import EXIT_CANNOT_START, stop_event
 from services.common.rpc import RunningServer, running_server
 from services.worker.config import WorkerConfig
@@ -40,7 +41,13 @@ class NodeRank:
     async def start(cls, rank: int, options: EngineOptions) -> NodeRank:
         """Start the rank, which then looks for rank 0."""
         reading, writing = os.pipe()
-        spec = FollowerSpec(rank=rank, parent_pid=os.getpid(), options=options, ready_fd=writing)
+        spec = FollowerSpec(
+            rank=rank,
+            parent_pid=os.getpid(),
+            log_format=options.log_format,
+            options=options,
+            ready_fd=writing,
+        )
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", FOLLOWER_MODULE, encode_message(spec).decode()),
@@ -85,7 +92,7 @@ async def serve_node(config: WorkerConfig) -> None:
     stop = stop_event()
     options = config.engine_options()
     async with _node_ranks(options) as ranks:
-        async with _health(config) as server:
+        async with _probed(config) as server:
             logger.info(
                 "event=node_started node_rank=%s rank_0=%s ranks=%s",
                 *(options.node_rank, options.nccl_init_addr, [each.rank for each in ranks]),
@@ -99,9 +106,11 @@ async def serve_node(config: WorkerConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _health(config: WorkerConfig) -> AsyncIterator[RunningServer]:
+async def _probed(config: WorkerConfig) -> AsyncIterator[RunningServer]:
+    """Health, and metrics of this process: what probes and scrapers expect of every host alike."""
     async with (
         peer_tls(config.tls) as tls,
+        metrics_server(config.metrics_port, *expiry_metrics(tls)),
         running_server(
             lambda server: None,
             [],

@@ -29,6 +29,7 @@ from services.worker.frames import (
     end_bytes,
     row_bytes,
 )
+from services.worker.spans import SequenceTrace
 
 
 class OutputLog:
@@ -51,6 +52,7 @@ class OutputLog:
         "reservation_id",
         "rows",
         "sink",
+        "trace",
         "unsent_ids",
         "unsent_rows",
     )
@@ -67,6 +69,8 @@ class OutputLog:
         self.rows: list[PackedRows] = []
         self.admission: Admission | None = None
         self.end: Finish | SequenceError | None = None
+        # Of a sequence that is recorded.
+        self.trace: SequenceTrace | None = None
         self.unsent_ids = 0
         self.unsent_rows = 0
         self.admission_unsent = False

@@ -20,6 +20,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.common.prefix_hash import cache_namespace
+from services.common.spans import NO_TRACER, Tracer
 from services.worker import wire
 from services.worker.cache_events import CacheEventLog
 from services.worker.cost_model import CostModel
@@ -40,6 +41,7 @@ from services.worker.engine.messages import (
 from services.worker.engine_link import EngineLink
 from services.worker.outputs import NOBODY, OutputLog, OutputRouter, Sink
 from services.worker.reservations import ReservationBook
+from services.worker.spans import begin_sequence
 from services.worker.step_totals import StepTotals
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,12 @@ class Replica:
     """
 
     def __init__(
-        self, identity: WorkerIdentity, link: EngineLink, *, max_queued_requests: int = 4096
+        self,
+        identity: WorkerIdentity,
+        link: EngineLink,
+        *,
+        max_queued_requests: int = 4096,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.identity = identity
         self.ready: EngineReady | None = None
@@ -103,6 +110,7 @@ class Replica:
         self.failed: asyncio.Future[ReplicaFailedError] = asyncio.Future()
         self._link = link
         self._max_queued_requests = max_queued_requests
+        self._tracer = tracer
         self._limits: wire.Limits | None = None
         self._keys = count(1)
         self._progress = LoadProgress(0.0, "")
@@ -187,6 +195,7 @@ class Replica:
             raise
         log = OutputLog(handle, sink, request)
         self.router.add(log)
+        log.trace = begin_sequence(self._tracer, submit.traceparent, request)
         self._link.send(request)
         return log
 
@@ -240,7 +249,7 @@ class Replica:
         self.failed.set_result(ReplicaFailedError(reason, permanent))
         message = f"the engine failed: {reason[:_MAX_REASON_CHARS]}"
         for log in self.router.fail_all(self.step_number, SessionBrokenError().code, message):
-            self.reservations.close(log.reservation_id)
+            self._ended(log)
         if self._flush is not None and not self._flush.done():
             self._flush.set_exception(UnavailableError(message))
             self._flush = None
@@ -282,7 +291,7 @@ class Replica:
         for reservation_id in step.accepted_reservation_ids:
             self.reservations.admit(reservation_id)
         for log in self.router.route(step):
-            self.reservations.close(log.reservation_id)
+            self._ended(log)
         self.cache_events.append(step.cache_events)
         if step.work is not None:
             self.cost_model.observe(step.work)
@@ -292,6 +301,11 @@ class Replica:
             self._flush.set_result(step.flushed_pages)
             self._flush = None
         self._notify_load()
+
+    def _ended(self, log: OutputLog) -> None:
+        self.reservations.close(log.reservation_id)
+        if log.trace is not None and log.end is not None:
+            log.trace.end(log.end, log.admission)
 
     def _notify_load(self) -> None:
         for event in self._watchers:

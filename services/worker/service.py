@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from services.common.errors import UnavailableError
 from services.common.metrics import metrics_server
 from services.common.peer_tls import expiry_metrics, peer_tls, server_credentials
 from services.common.rpc import RunningServer, running_server
+from services.common.telemetry import TelemetryFlags, running_tracer
 from services.common.tls import TlsFlags
 from services.worker.engine_link import EngineLink
 from services.worker.metrics import WorkerCollector
@@ -47,6 +48,7 @@ class ServiceOptions:
     health_port: int | None = None
     tls: TlsFlags = field(default_factory=TlsFlags)
     times: SessionTimes = field(default_factory=SessionTimes)
+    telemetry: TelemetryFlags = TelemetryFlags()
 
 
 class RunningWorker:
@@ -79,17 +81,16 @@ async def running_worker(
     options: ServiceOptions, link: EngineLink, engine_pid: int | None = None
 ) -> AsyncIterator[RunningWorker]:
     """Serve the engine behind `link` until the block ends; `engine_pid` is for metrics."""
-    replica = Replica(options.identity, link, max_queued_requests=options.max_queued_requests)
-    sessions = SessionTable(
-        replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
-    )
-    servicer = WorkerServicer(replica, sessions)
-
-    def add(server: aio.Server) -> None:
-        pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-
     async with contextlib.AsyncExitStack() as stack:
         tls = await stack.enter_async_context(peer_tls(options.tls))
+        tracer = await stack.enter_async_context(
+            running_tracer(options.telemetry, "worker", options.identity.worker_id)
+        )
+        limit = options.max_queued_requests
+        replica = Replica(options.identity, link, max_queued_requests=limit, tracer=tracer)
+        sessions = SessionTable(
+            replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
+        )
         await stack.enter_async_context(
             metrics_server(
                 options.metrics_port,
@@ -99,7 +100,7 @@ async def running_worker(
         )
         server = await stack.enter_async_context(
             running_server(
-                add,
+                _adder(WorkerServicer(replica, sessions)),
                 [_SERVICE],
                 options.listen,
                 ready=False,
@@ -127,6 +128,10 @@ async def running_worker(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _adder(servicer: WorkerServicer) -> Callable[[aio.Server], None]:
+    return lambda server: pb_grpc.add_WorkerServiceServicer_to_server(servicer, server)
 
 
 def advertised(options: ServiceOptions, port: int) -> str:

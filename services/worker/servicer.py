@@ -7,6 +7,7 @@ from typing import Any
 
 from rhizome.worker.v1 import worker_service_pb2 as pb, worker_service_pb2_grpc as pb_grpc
 from services.common.errors import UnimplementedError, error_from_code
+from services.common.trace_context import from_metadata
 from services.worker.engine.messages import SequenceError, StartProfile, StopProfile
 from services.worker.frames import FRAME_BYTES, FrameBuilder
 from services.worker.outputs import Delivery
@@ -32,6 +33,8 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     ) -> None:
         output = _SingleOutput()
         submit = request.submit
+        if not submit.traceparent:
+            submit.traceparent, _ = from_metadata(context.invocation_metadata())
         if not submit.num_token_ids:
             submit.num_token_ids = len(submit.token_ids)
         log = self._replica.submit(submit, list(submit.token_ids), submit.handle, output)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Warm up once; the status is 1 where the engine cannot be built."""
     config = parse_config(WorkerConfig, "worker", program="rhizome warm")
-    configure_logging("warm", config.log_level)
+    configure_logging("warm", config.log_level, config.telemetry.log_format)
     if config.kernel_cache_dir is None:
         sys.exit("rhizome warm: --kernel-cache-dir says where the kernels go, and is missing")
     if config.nnodes > 1:

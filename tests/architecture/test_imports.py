@@ -16,7 +16,7 @@ _SERVICES = sorted(
 )
 _HEAVY = ("torch", "transformers", "triton", "flashinfer")
 # These may never load torch, whatever they do.
-_LIGHT = ("gateway", "tokenizer", "scheduler", "cache_index")
+_LIGHT = ("gateway", "tokenizer", "scheduler", "cache_index", "controller")
 
 _IMPORT_EVERYTHING = """
 import importlib, json, pkgutil, sys

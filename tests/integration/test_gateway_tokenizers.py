@@ -99,6 +99,33 @@ async def test_pain_27_s_prompts_and_texts_are_shared_among_the_replicas() -> No
             await asyncio.gather(*answers)
 
 
+async def test_the_replicas_of_a_name_come_and_go_with_its_addresses() -> None:
+    slow = [SlowTokenizer(), SlowTokenizer()]
+    async with running_slow_tokenizer(slow[0]) as first, running_slow_tokenizer(slow[1]) as second:
+        addresses: frozenset[str] = frozenset()
+
+        async def resolve(host: str, port: int) -> frozenset[str]:
+            assert (host, port) == ("tokenizer", 30010)
+            return addresses
+
+        pool = TokenizerPool(
+            ("dns+all:tokenizer:30010",), lambda: None, resolve=resolve, name_interval_s=0.01
+        )
+        async with pool.following():
+            # Whoever comes before the name is known waits for it.
+            answer = asyncio.create_task(pool.tokenize(INPUTS, "", 16))
+            addresses = frozenset((first,))
+            await until(lambda: slow[0].num_prompts == 1)
+            addresses = frozenset((first, second))
+            await until(lambda: {_picked(pool), _picked(pool)} == {first, second})
+            addresses = frozenset((second,))
+            await until(lambda: {_picked(pool), _picked(pool)} == {second})
+            # What was under way at the one that left ends there.
+            slow[0].done.set()
+            assert (await answer)[0].token_ids == [7]
+            assert slow[1].num_prompts == 0
+
+
 async def test_the_only_replica_is_waited_for() -> None:
     slow = SlowTokenizer()
     async with running_slow_tokenizer(slow) as address:

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,17 @@ def health_address() -> str:
 
 
 @pytest.fixture
+def metrics_address() -> str:
+    return free_address()
+
+
+@pytest.fixture
 def node(
-    model_path: Path, address: str, health_address: str, tmp_path: Path
+    model_path: Path, address: str, health_address: str, metrics_address: str, tmp_path: Path
 ) -> Iterator[WorkerProcess]:
-    health_port = health_address.rpartition(":")[2]
-    process = start_node(tmp_path, model_path, address, "--health-port", health_port)
+    ports = [each.rpartition(":")[2] for each in (health_address, metrics_address)]
+    flags = ("--health-port", ports[0], "--metrics-port", ports[1])
+    process = start_node(tmp_path, model_path, address, *flags)
     yield process
     process.close()
 
@@ -91,6 +98,19 @@ def test_two_nodes_give_the_tokens_of_one(
     runner.close()
     # The group has ended: who keeps the node running shall start it again.
     assert node.wait() == 4
+
+
+def test_a_node_above_0_tells_of_its_process(
+    model_path: Path, address: str, metrics_address: str, node: WorkerProcess
+) -> None:
+    runner = open_leader(model_path, address)
+    node.wait_until_ready()
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
+        said = response.read().decode()
+    assert "process_resident_memory_bytes" in said
+    # The replica's own are rank 0's to tell: twice, they would count twice.
+    assert "rhizome_worker_" not in said
+    runner.close()
 
 
 def test_a_node_that_dies_is_an_error_at_the_next_step(

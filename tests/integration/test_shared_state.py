@@ -20,6 +20,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.rate_limits import RateLimits
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.leadership import Leadership
+from services.scheduler.redis_lease import RedisLease
 from services.scheduler.service import running_scheduler
 from tests.fakes.gateway_stack import until
 from tests.fakes.redis_process import RedisProcess, needs_redis, running_redis
@@ -83,10 +84,9 @@ class Candidate:
         self.has_ready_worker = True
         self.told: list[int] = []
         self.leadership = Leadership(
-            store,
+            RedisLease(store, duration_s=0.3),
             lambda: self.has_ready_worker,
             self.told.append,
-            lease_s=0.3,
             settle_s=settle_s,
         )
 

@@ -47,6 +47,18 @@ async def test_pain_26_h_services_know_each_other_by_certificates(
             assert await who(channel) == "caller"
 
 
+async def test_an_address_found_by_a_name_must_show_a_certificate_of_that_name(
+    tmp_path: Path, client_files: TlsFiles
+) -> None:
+    named = files_of(tmp_path / "named", AUTHORITY, AUTHORITY.issue("x", dns_names=["tokenizer"]))
+    async with running_peer(named.flags()) as server, peer_tls(client_files.flags()) as tls:
+        address = f"127.0.0.1:{server.port}"
+        async with open_channel(address, tls, "tokenizer") as channel:
+            assert await who(channel) == "caller"
+        async with open_channel(address, tls, "another") as channel:
+            assert await refusal(channel)
+
+
 async def test_pain_26_h_who_shows_no_certificate_is_refused(
     server_files: TlsFiles,
 ) -> None:

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from rhizome.common.v1 import cache_tier_pb2 as rhizome_dot_common_dot_v1_dot_cache__tier__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n0rhizome/cache_index/v1/cache_index_service.proto\x12\x16rhizome.cache_index.v1\x1a\"rhizome/common/v1/cache_tier.proto\"G\n\x12MatchPrefixRequest\x12\x31\n\x06\x63hains\x18\x01 \x03(\x0b\x32!.rhizome.cache_index.v1.HashChain\"\"\n\tHashChain\x12\x15\n\rprefix_hashes\x18\x01 \x03(\x06\"J\n\x13MatchPrefixResponse\x12\x33\n\x07matches\x18\x01 \x03(\x0b\x32\".rhizome.cache_index.v1.ChainMatch\"m\n\nChainMatch\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x06\x12\x11\n\tgpu_pages\x18\x03 \x03(\r\x12\x12\n\nhost_pages\x18\x04 \x03(\r\x12\x14\n\x0cremote_pages\x18\x05 \x03(\r\"U\n\x10MatchManyRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x31\n\x06\x63hains\x18\x02 \x03(\x0b\x32!.rhizome.cache_index.v1.HashChain\"X\n\x11MatchManyResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x33\n\x07matches\x18\x02 \x03(\x0b\x32\".rhizome.cache_index.v1.ChainMatch\"\x17\n\x15GetIndexStatusRequest\"\x7f\n\x16GetIndexStatusResponse\x12\x39\n\tfollowers\x18\x01 \x03(\x0b\x32&.rhizome.cache_index.v1.FollowerStatus\x12\x14\n\x0cnum_prefixes\x18\x02 \x01(\x04\x12\x14\n\x0cmax_prefixes\x18\x03 \x01(\x04\"\xd8\x01\n\x0e\x46ollowerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.rhizome.cache_index.v1.FollowerState\x12\x17\n\x0fsequence_number\x18\x04 \x01(\x04\x12\x0e\n\x06lag_ns\x18\x05 \x01(\x04\x12\x30\n\x05pages\x18\x06 \x03(\x0b\x32!.rhizome.cache_index.v1.PageCount\x12\x13\n\x0bnum_resyncs\x18\x07 \x01(\x04\"J\n\tPageCount\x12*\n\x04tier\x18\x01 \x01(\x0e\x32\x1c.rhizome.common.v1.CacheTier\x12\x11\n\tnum_pages\x18\x02 \x01(\x04*\x84\x01\n\rFollowerState\x12\x1e\n\x1a\x46OLLOWER_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46OLLOWER_STATE_CONNECTING\x10\x01\x12\x1b\n\x17\x46OLLOWER_STATE_SNAPSHOT\x10\x02\x12\x17\n\x13\x46OLLOWER_STATE_LIVE\x10\x03\x32\xd2\x02\n\x11\x43\x61\x63heIndexService\x12\x66\n\x0bMatchPrefix\x12*.rhizome.cache_index.v1.MatchPrefixRequest\x1a+.rhizome.cache_index.v1.MatchPrefixResponse\x12\x64\n\tMatchMany\x12(.rhizome.cache_index.v1.MatchManyRequest\x1a).rhizome.cache_index.v1.MatchManyResponse(\x01\x30\x01\x12o\n\x0eGetIndexStatus\x12-.rhizome.cache_index.v1.GetIndexStatusRequest\x1a..rhizome.cache_index.v1.GetIndexStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n0rhizome/cache_index/v1/cache_index_service.proto\x12\x16rhizome.cache_index.v1\x1a\"rhizome/common/v1/cache_tier.proto\"G\n\x12MatchPrefixRequest\x12\x31\n\x06\x63hains\x18\x01 \x03(\x0b\x32!.rhizome.cache_index.v1.HashChain\"7\n\tHashChain\x12\x15\n\rprefix_hashes\x18\x01 \x03(\x06\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\"J\n\x13MatchPrefixResponse\x12\x33\n\x07matches\x18\x01 \x03(\x0b\x32\".rhizome.cache_index.v1.ChainMatch\"m\n\nChainMatch\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x06\x12\x11\n\tgpu_pages\x18\x03 \x03(\r\x12\x12\n\nhost_pages\x18\x04 \x03(\r\x12\x14\n\x0cremote_pages\x18\x05 \x03(\r\"U\n\x10MatchManyRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x31\n\x06\x63hains\x18\x02 \x03(\x0b\x32!.rhizome.cache_index.v1.HashChain\"X\n\x11MatchManyResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x33\n\x07matches\x18\x02 \x03(\x0b\x32\".rhizome.cache_index.v1.ChainMatch\"\x17\n\x15GetIndexStatusRequest\"\x7f\n\x16GetIndexStatusResponse\x12\x39\n\tfollowers\x18\x01 \x03(\x0b\x32&.rhizome.cache_index.v1.FollowerStatus\x12\x14\n\x0cnum_prefixes\x18\x02 \x01(\x04\x12\x14\n\x0cmax_prefixes\x18\x03 \x01(\x04\"\xd8\x01\n\x0e\x46ollowerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.rhizome.cache_index.v1.FollowerState\x12\x17\n\x0fsequence_number\x18\x04 \x01(\x04\x12\x0e\n\x06lag_ns\x18\x05 \x01(\x04\x12\x30\n\x05pages\x18\x06 \x03(\x0b\x32!.rhizome.cache_index.v1.PageCount\x12\x13\n\x0bnum_resyncs\x18\x07 \x01(\x04\"J\n\tPageCount\x12*\n\x04tier\x18\x01 \x01(\x0e\x32\x1c.rhizome.common.v1.CacheTier\x12\x11\n\tnum_pages\x18\x02 \x01(\x04*\x84\x01\n\rFollowerState\x12\x1e\n\x1a\x46OLLOWER_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46OLLOWER_STATE_CONNECTING\x10\x01\x12\x1b\n\x17\x46OLLOWER_STATE_SNAPSHOT\x10\x02\x12\x17\n\x13\x46OLLOWER_STATE_LIVE\x10\x03\x32\xd2\x02\n\x11\x43\x61\x63heIndexService\x12\x66\n\x0bMatchPrefix\x12*.rhizome.cache_index.v1.MatchPrefixRequest\x1a+.rhizome.cache_index.v1.MatchPrefixResponse\x12\x64\n\tMatchMany\x12(.rhizome.cache_index.v1.MatchManyRequest\x1a).rhizome.cache_index.v1.MatchManyResponse(\x01\x30\x01\x12o\n\x0eGetIndexStatus\x12-.rhizome.cache_index.v1.GetIndexStatusRequest\x1a..rhizome.cache_index.v1.GetIndexStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.cache_index.v1.cache_index_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FOLLOWERSTATE']._serialized_start=1035
-  _globals['_FOLLOWERSTATE']._serialized_end=1167
+  _globals['_FOLLOWERSTATE']._serialized_start=1056
+  _globals['_FOLLOWERSTATE']._serialized_end=1188
   _globals['_MATCHPREFIXREQUEST']._serialized_start=112
   _globals['_MATCHPREFIXREQUEST']._serialized_end=183
   _globals['_HASHCHAIN']._serialized_start=185
-  _globals['_HASHCHAIN']._serialized_end=219
-  _globals['_MATCHPREFIXRESPONSE']._serialized_start=221
-  _globals['_MATCHPREFIXRESPONSE']._serialized_end=295
-  _globals['_CHAINMATCH']._serialized_start=297
-  _globals['_CHAINMATCH']._serialized_end=406
-  _globals['_MATCHMANYREQUEST']._serialized_start=408
-  _globals['_MATCHMANYREQUEST']._serialized_end=493
-  _globals['_MATCHMANYRESPONSE']._serialized_start=495
-  _globals['_MATCHMANYRESPONSE']._serialized_end=583
-  _globals['_GETINDEXSTATUSREQUEST']._serialized_start=585
-  _globals['_GETINDEXSTATUSREQUEST']._serialized_end=608
-  _globals['_GETINDEXSTATUSRESPONSE']._serialized_start=610
-  _globals['_GETINDEXSTATUSRESPONSE']._serialized_end=737
-  _globals['_FOLLOWERSTATUS']._serialized_start=740
-  _globals['_FOLLOWERSTATUS']._serialized_end=956
-  _globals['_PAGECOUNT']._serialized_start=958
-  _globals['_PAGECOUNT']._serialized_end=1032
-  _globals['_CACHEINDEXSERVICE']._serialized_start=1170
-  _globals['_CACHEINDEXSERVICE']._serialized_end=1508
+  _globals['_HASHCHAIN']._serialized_end=240
+  _globals['_MATCHPREFIXRESPONSE']._serialized_start=242
+  _globals['_MATCHPREFIXRESPONSE']._serialized_end=316
+  _globals['_CHAINMATCH']._serialized_start=318
+  _globals['_CHAINMATCH']._serialized_end=427
+  _globals['_MATCHMANYREQUEST']._serialized_start=429
+  _globals['_MATCHMANYREQUEST']._serialized_end=514
+  _globals['_MATCHMANYRESPONSE']._serialized_start=516
+  _globals['_MATCHMANYRESPONSE']._serialized_end=604
+  _globals['_GETINDEXSTATUSREQUEST']._serialized_start=606
+  _globals['_GETINDEXSTATUSREQUEST']._serialized_end=629
+  _globals['_GETINDEXSTATUSRESPONSE']._serialized_start=631
+  _globals['_GETINDEXSTATUSRESPONSE']._serialized_end=758
+  _globals['_FOLLOWERSTATUS']._serialized_start=761
+  _globals['_FOLLOWERSTATUS']._serialized_end=977
+  _globals['_PAGECOUNT']._serialized_start=979
+  _globals['_PAGECOUNT']._serialized_end=1053
+  _globals['_CACHEINDEXSERVICE']._serialized_start=1191
+  _globals['_CACHEINDEXSERVICE']._serialized_end=1529
 # @@protoc_insertion_point(module_scope)

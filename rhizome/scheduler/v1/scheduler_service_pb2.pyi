@@ -67,6 +67,7 @@ class ScheduleRequest(_message.Message):
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NUM_LOSSES_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the placements of this request, from 0."""
@@ -89,6 +90,8 @@ class ScheduleRequest(_message.Message):
     """Workers that died while they ran it. From 2 on it may be what kills them,
     and gets a worker where no other such request is.
     """
+    traceparent: _builtins.str
+    """W3C trace context; empty means none, or that of Schedule's metadata."""
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Chained hashes of the prompt's full pages."""
@@ -120,10 +123,11 @@ class ScheduleRequest(_message.Message):
         excluded_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
         num_losses: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_arrival", b"first_arrival", "remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_losses", b"num_losses", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "first_arrival", b"first_arrival", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_choices", b"num_choices", "num_losses", b"num_losses", "num_prompt_tokens", b"num_prompt_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "remaining", b"remaining", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -986,3 +990,129 @@ class DrainWorkerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainWorkerResponse: _TypeAlias = DrainWorkerResponse  # noqa: Y015
+
+@_typing.final
+class GetPoolLoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPoolLoadRequest: _TypeAlias = GetPoolLoadRequest  # noqa: Y015
+
+@_typing.final
+class GetPoolLoadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolLoad]: ...
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPoolLoadResponse: _TypeAlias = GetPoolLoadResponse  # noqa: Y015
+
+@_typing.final
+class PoolLoad(_message.Message):
+    """PoolLoad is how busy one pool's workers are, as the scheduler that is asked
+    sees it: requests wait at the scheduler that was asked to place them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    OLDEST_QUEUED_FIELD_NUMBER: _builtins.int
+    SATURATION_FIELD_NUMBER: _builtins.int
+    KV_USED_RATIO_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Served model name."""
+    num_queued: _builtins.int
+    saturation: _builtins.float
+    """How much of what the ready workers can take is taken, 1 and above when
+    there is no room. Unset without a ready worker. The formula is in
+    docs/overload-and-fairness.md.
+    """
+    kv_used_ratio: _builtins.float
+    """Pages of the ready workers that sequences hold, of all their pages. Unset
+    without a ready worker.
+    """
+    @_builtins.property
+    def oldest_queued(self) -> _duration_pb2.Duration:
+        """How long the one that waits longest has waited here; zero when none waits."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        num_queued: _builtins.int = ...,
+        oldest_queued: _duration_pb2.Duration | None = ...,
+        saturation: _builtins.float | None = ...,
+        kv_used_ratio: _builtins.float | None = ...,
+        workers: _abc.Iterable[Global___WorkerLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio", "_saturation", b"_saturation", "kv_used_ratio", b"kv_used_ratio", "oldest_queued", b"oldest_queued", "saturation", b"saturation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio", "_saturation", b"_saturation", "kv_used_ratio", b"kv_used_ratio", "model", b"model", "num_queued", b"num_queued", "oldest_queued", b"oldest_queued", "saturation", b"saturation", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_used_ratio: _TypeAlias = _typing.Literal["kv_used_ratio"]  # noqa: Y015
+    _WhichOneofArgType__kv_used_ratio: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__saturation: _TypeAlias = _typing.Literal["saturation"]  # noqa: Y015
+    _WhichOneofArgType__saturation: _TypeAlias = _typing.Literal["_saturation", b"_saturation"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_used_ratio) -> _WhichOneofReturnType__kv_used_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__saturation) -> _WhichOneofReturnType__saturation | None: ...
+
+Global___PoolLoad: _TypeAlias = PoolLoad  # noqa: Y015
+
+@_typing.final
+class WorkerLoad(_message.Message):
+    """WorkerLoad is one worker's, by its last report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_PROMISED_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    state: Global___WorkerState.ValueType
+    num_running: _builtins.int
+    num_waiting: _builtins.int
+    num_promised: _builtins.int
+    """Sequences placed there that no report includes yet."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        state: Global___WorkerState.ValueType = ...,
+        num_running: _builtins.int = ...,
+        num_waiting: _builtins.int = ...,
+        num_promised: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_promised", b"num_promised", "num_running", b"num_running", "num_waiting", b"num_waiting", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015

@@ -65,6 +65,11 @@ class SchedulerServiceStub:
                 request_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.GetPoolLoad = channel.unary_unary(
+                '/rhizome.scheduler.v1.SchedulerService/GetPoolLoad',
+                request_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadRequest.SerializeToString,
+                response_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -132,6 +137,15 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPoolLoad(self, request, context):
+        """GetPoolLoad says how busy the pools are, for whoever decides how many
+        workers they should have. A value that nothing is known about is unset,
+        never 0. Pools that no worker has joined yet are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +178,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerRequest.FromString,
                     response_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'GetPoolLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPoolLoad,
+                    request_deserializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadRequest.FromString,
+                    response_serializer=rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +348,33 @@ class SchedulerService:
             '/rhizome.scheduler.v1.SchedulerService/DrainWorker',
             rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerRequest.SerializeToString,
             rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPoolLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rhizome.scheduler.v1.SchedulerService/GetPoolLoad',
+            rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadRequest.SerializeToString,
+            rhizome_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetPoolLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

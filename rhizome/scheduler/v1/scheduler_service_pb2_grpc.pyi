@@ -70,6 +70,11 @@ class SchedulerServiceStub:
     """DrainWorker stops new placements on a worker and asks it to finish what it
     has. Fails with NOT_FOUND for an unknown worker. Idempotent.
     """
+    GetPoolLoad: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetPoolLoadRequest, _scheduler_service_pb2.GetPoolLoadResponse]
+    """GetPoolLoad says how busy the pools are, for whoever decides how many
+    workers they should have. A value that nothing is known about is unset,
+    never 0. Pools that no worker has joined yet are left out.
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -112,6 +117,11 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     DrainWorker: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DrainWorkerRequest, _scheduler_service_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """DrainWorker stops new placements on a worker and asks it to finish what it
     has. Fails with NOT_FOUND for an unknown worker. Idempotent.
+    """
+    GetPoolLoad: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetPoolLoadRequest, _scheduler_service_pb2.GetPoolLoadResponse]  # type: ignore[assignment]
+    """GetPoolLoad says how busy the pools are, for whoever decides how many
+    workers they should have. A value that nothing is known about is unset,
+    never 0. Pools that no worker has joined yet are left out.
     """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -188,6 +198,17 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scheduler_service_pb2.DrainWorkerResponse, _abc.Awaitable[_scheduler_service_pb2.DrainWorkerResponse]]:
         """DrainWorker stops new placements on a worker and asks it to finish what it
         has. Fails with NOT_FOUND for an unknown worker. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def GetPoolLoad(
+        self,
+        request: _scheduler_service_pb2.GetPoolLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.GetPoolLoadResponse, _abc.Awaitable[_scheduler_service_pb2.GetPoolLoadResponse]]:
+        """GetPoolLoad says how busy the pools are, for whoever decides how many
+        workers they should have. A value that nothing is known about is unset,
+        never 0. Pools that no worker has joined yet are left out.
         """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

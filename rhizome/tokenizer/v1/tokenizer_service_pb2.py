@@ -26,49 +26,49 @@ from rhizome.common.v1 import chat_message_pb2 as rhizome_dot_common_dot_v1_dot_
 from rhizome.common.v1 import text_options_pb2 as rhizome_dot_common_dot_v1_dot_text__options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,rhizome/tokenizer/v1/tokenizer_service.proto\x12\x14rhizome.tokenizer.v1\x1a$rhizome/common/v1/chat_message.proto\x1a$rhizome/common/v1/text_options.proto\"l\n\x0fTokenizeRequest\x12\x33\n\x06inputs\x18\x01 \x03(\x0b\x32#.rhizome.tokenizer.v1.TokenizeInput\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\"\x91\x01\n\rTokenizeInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12/\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1f.rhizome.tokenizer.v1.ChatInputH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"\xcd\x01\n\tChatInput\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.rhizome.common.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"I\n\x10TokenizeResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.rhizome.tokenizer.v1.TokenizedInput\"Q\n\x0eTokenizedInput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprefix_hashes\x18\x02 \x03(\x06\x12\x15\n\rtemplate_stop\x18\x03 \x03(\t\"\x8f\x01\n\x11\x44\x65tokenizeRequest\x12\x36\n\tsequences\x18\x01 \x03(\x0b\x32#.rhizome.tokenizer.v1.TokenSequence\x12/\n\x07options\x18\x02 \x01(\x0b\x32\x1e.rhizome.common.v1.TextOptions\x12\x11\n\tas_pieces\x18\x03 \x01(\x08\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"H\n\x12\x44\x65tokenizeResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.rhizome.tokenizer.v1.DecodedText\"+\n\x0b\x44\x65\x63odedText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\"\xad\x01\n\x11StreamTextRequest\x12-\n\x05opens\x18\x01 \x03(\x0b\x32\x1e.rhizome.tokenizer.v1.OpenText\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\x12\n\nid_offsets\x18\x03 \x03(\r\x12\x0f\n\x07num_ids\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x10\n\x08\x66inishes\x18\x06 \x03(\x04\x12\x0e\n\x06\x63loses\x18\x07 \x03(\x04\"\x8b\x01\n\x08OpenText\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12/\n\x07options\x18\x02 \x01(\x0b\x32\x1e.rhizome.common.v1.TextOptions\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x12\n\nreplay_ids\x18\x04 \x03(\r\x12\x15\n\remitted_bytes\x18\x05 \x01(\x04\"w\n\x12StreamTextResponse\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x14\n\x0cids_consumed\x18\x02 \x03(\r\x12\r\n\x05texts\x18\x03 \x03(\t\x12+\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1d.rhizome.tokenizer.v1.TextEnd\"\xcd\x01\n\x07TextEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12:\n\x08\x66inished\x18\x02 \x01(\x0b\x32&.rhizome.tokenizer.v1.TextEnd.FinishedH\x00\x12/\n\x04stop\x18\x03 \x01(\x0b\x32\x1f.rhizome.tokenizer.v1.StopMatchH\x00\x12\x32\n\x05\x65rror\x18\x04 \x01(\x0b\x32!.rhizome.tokenizer.v1.HandleErrorH\x00\x1a\n\n\x08\x46inishedB\x05\n\x03\x65nd\"+\n\tStopMatch\x12\x10\n\x08id_index\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\t\",\n\x0bHandleError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x19\n\x17GetTokenizerInfoRequest\"\xed\x01\n\x18GetTokenizerInfoResponse\x12\x18\n\x10tokenizer_digest\x18\x01 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x02 \x01(\t\x12\x14\n\x0chash_version\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0etokenizer_path\x18\x08 \x01(\tB\x0f\n\r_bos_token_id2\xa6\x03\n\x10TokenizerService\x12Y\n\x08Tokenize\x12%.rhizome.tokenizer.v1.TokenizeRequest\x1a&.rhizome.tokenizer.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.rhizome.tokenizer.v1.DetokenizeRequest\x1a(.rhizome.tokenizer.v1.DetokenizeResponse\x12\x63\n\nStreamText\x12\'.rhizome.tokenizer.v1.StreamTextRequest\x1a(.rhizome.tokenizer.v1.StreamTextResponse(\x01\x30\x01\x12q\n\x10GetTokenizerInfo\x12-.rhizome.tokenizer.v1.GetTokenizerInfoRequest\x1a..rhizome.tokenizer.v1.GetTokenizerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,rhizome/tokenizer/v1/tokenizer_service.proto\x12\x14rhizome.tokenizer.v1\x1a$rhizome/common/v1/chat_message.proto\x1a$rhizome/common/v1/text_options.proto\"\x81\x01\n\x0fTokenizeRequest\x12\x33\n\x06inputs\x18\x01 \x03(\x0b\x32#.rhizome.tokenizer.v1.TokenizeInput\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\x91\x01\n\rTokenizeInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12/\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1f.rhizome.tokenizer.v1.ChatInputH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"\xcd\x01\n\tChatInput\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.rhizome.common.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"I\n\x10TokenizeResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.rhizome.tokenizer.v1.TokenizedInput\"Q\n\x0eTokenizedInput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprefix_hashes\x18\x02 \x03(\x06\x12\x15\n\rtemplate_stop\x18\x03 \x03(\t\"\x8f\x01\n\x11\x44\x65tokenizeRequest\x12\x36\n\tsequences\x18\x01 \x03(\x0b\x32#.rhizome.tokenizer.v1.TokenSequence\x12/\n\x07options\x18\x02 \x01(\x0b\x32\x1e.rhizome.common.v1.TextOptions\x12\x11\n\tas_pieces\x18\x03 \x01(\x08\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"H\n\x12\x44\x65tokenizeResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.rhizome.tokenizer.v1.DecodedText\"+\n\x0b\x44\x65\x63odedText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\"\xad\x01\n\x11StreamTextRequest\x12-\n\x05opens\x18\x01 \x03(\x0b\x32\x1e.rhizome.tokenizer.v1.OpenText\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\x12\n\nid_offsets\x18\x03 \x03(\r\x12\x0f\n\x07num_ids\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x10\n\x08\x66inishes\x18\x06 \x03(\x04\x12\x0e\n\x06\x63loses\x18\x07 \x03(\x04\"\x8b\x01\n\x08OpenText\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12/\n\x07options\x18\x02 \x01(\x0b\x32\x1e.rhizome.common.v1.TextOptions\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x12\n\nreplay_ids\x18\x04 \x03(\r\x12\x15\n\remitted_bytes\x18\x05 \x01(\x04\"w\n\x12StreamTextResponse\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x14\n\x0cids_consumed\x18\x02 \x03(\r\x12\r\n\x05texts\x18\x03 \x03(\t\x12+\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1d.rhizome.tokenizer.v1.TextEnd\"\xcd\x01\n\x07TextEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12:\n\x08\x66inished\x18\x02 \x01(\x0b\x32&.rhizome.tokenizer.v1.TextEnd.FinishedH\x00\x12/\n\x04stop\x18\x03 \x01(\x0b\x32\x1f.rhizome.tokenizer.v1.StopMatchH\x00\x12\x32\n\x05\x65rror\x18\x04 \x01(\x0b\x32!.rhizome.tokenizer.v1.HandleErrorH\x00\x1a\n\n\x08\x46inishedB\x05\n\x03\x65nd\"+\n\tStopMatch\x12\x10\n\x08id_index\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\t\",\n\x0bHandleError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x19\n\x17GetTokenizerInfoRequest\"\xed\x01\n\x18GetTokenizerInfoResponse\x12\x18\n\x10tokenizer_digest\x18\x01 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x02 \x01(\t\x12\x14\n\x0chash_version\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0etokenizer_path\x18\x08 \x01(\tB\x0f\n\r_bos_token_id2\xa6\x03\n\x10TokenizerService\x12Y\n\x08Tokenize\x12%.rhizome.tokenizer.v1.TokenizeRequest\x1a&.rhizome.tokenizer.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.rhizome.tokenizer.v1.DetokenizeRequest\x1a(.rhizome.tokenizer.v1.DetokenizeResponse\x12\x63\n\nStreamText\x12\'.rhizome.tokenizer.v1.StreamTextRequest\x1a(.rhizome.tokenizer.v1.StreamTextResponse(\x01\x30\x01\x12q\n\x10GetTokenizerInfo\x12-.rhizome.tokenizer.v1.GetTokenizerInfoRequest\x1a..rhizome.tokenizer.v1.GetTokenizerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.tokenizer.v1.tokenizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOKENIZEREQUEST']._serialized_start=146
-  _globals['_TOKENIZEREQUEST']._serialized_end=254
-  _globals['_TOKENIZEINPUT']._serialized_start=257
-  _globals['_TOKENIZEINPUT']._serialized_end=402
-  _globals['_CHATINPUT']._serialized_start=405
-  _globals['_CHATINPUT']._serialized_end=610
-  _globals['_TOKENIZERESPONSE']._serialized_start=612
-  _globals['_TOKENIZERESPONSE']._serialized_end=685
-  _globals['_TOKENIZEDINPUT']._serialized_start=687
-  _globals['_TOKENIZEDINPUT']._serialized_end=768
-  _globals['_DETOKENIZEREQUEST']._serialized_start=771
-  _globals['_DETOKENIZEREQUEST']._serialized_end=914
-  _globals['_TOKENSEQUENCE']._serialized_start=916
-  _globals['_TOKENSEQUENCE']._serialized_end=950
-  _globals['_DETOKENIZERESPONSE']._serialized_start=952
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1024
-  _globals['_DECODEDTEXT']._serialized_start=1026
-  _globals['_DECODEDTEXT']._serialized_end=1069
-  _globals['_STREAMTEXTREQUEST']._serialized_start=1072
-  _globals['_STREAMTEXTREQUEST']._serialized_end=1245
-  _globals['_OPENTEXT']._serialized_start=1248
-  _globals['_OPENTEXT']._serialized_end=1387
-  _globals['_STREAMTEXTRESPONSE']._serialized_start=1389
-  _globals['_STREAMTEXTRESPONSE']._serialized_end=1508
-  _globals['_TEXTEND']._serialized_start=1511
-  _globals['_TEXTEND']._serialized_end=1716
-  _globals['_TEXTEND_FINISHED']._serialized_start=1699
-  _globals['_TEXTEND_FINISHED']._serialized_end=1709
-  _globals['_STOPMATCH']._serialized_start=1718
-  _globals['_STOPMATCH']._serialized_end=1761
-  _globals['_HANDLEERROR']._serialized_start=1763
-  _globals['_HANDLEERROR']._serialized_end=1807
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=1809
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=1834
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=1837
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=2074
-  _globals['_TOKENIZERSERVICE']._serialized_start=2077
-  _globals['_TOKENIZERSERVICE']._serialized_end=2499
+  _globals['_TOKENIZEREQUEST']._serialized_start=147
+  _globals['_TOKENIZEREQUEST']._serialized_end=276
+  _globals['_TOKENIZEINPUT']._serialized_start=279
+  _globals['_TOKENIZEINPUT']._serialized_end=424
+  _globals['_CHATINPUT']._serialized_start=427
+  _globals['_CHATINPUT']._serialized_end=632
+  _globals['_TOKENIZERESPONSE']._serialized_start=634
+  _globals['_TOKENIZERESPONSE']._serialized_end=707
+  _globals['_TOKENIZEDINPUT']._serialized_start=709
+  _globals['_TOKENIZEDINPUT']._serialized_end=790
+  _globals['_DETOKENIZEREQUEST']._serialized_start=793
+  _globals['_DETOKENIZEREQUEST']._serialized_end=936
+  _globals['_TOKENSEQUENCE']._serialized_start=938
+  _globals['_TOKENSEQUENCE']._serialized_end=972
+  _globals['_DETOKENIZERESPONSE']._serialized_start=974
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1046
+  _globals['_DECODEDTEXT']._serialized_start=1048
+  _globals['_DECODEDTEXT']._serialized_end=1091
+  _globals['_STREAMTEXTREQUEST']._serialized_start=1094
+  _globals['_STREAMTEXTREQUEST']._serialized_end=1267
+  _globals['_OPENTEXT']._serialized_start=1270
+  _globals['_OPENTEXT']._serialized_end=1409
+  _globals['_STREAMTEXTRESPONSE']._serialized_start=1411
+  _globals['_STREAMTEXTRESPONSE']._serialized_end=1530
+  _globals['_TEXTEND']._serialized_start=1533
+  _globals['_TEXTEND']._serialized_end=1738
+  _globals['_TEXTEND_FINISHED']._serialized_start=1721
+  _globals['_TEXTEND_FINISHED']._serialized_end=1731
+  _globals['_STOPMATCH']._serialized_start=1740
+  _globals['_STOPMATCH']._serialized_end=1783
+  _globals['_HANDLEERROR']._serialized_start=1785
+  _globals['_HANDLEERROR']._serialized_end=1829
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=1831
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=1856
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=1859
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=2096
+  _globals['_TOKENIZERSERVICE']._serialized_start=2099
+  _globals['_TOKENIZERSERVICE']._serialized_end=2521
 # @@protoc_insertion_point(module_scope)

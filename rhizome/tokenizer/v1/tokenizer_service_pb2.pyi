@@ -27,10 +27,13 @@ class TokenizeRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Namespace that seeds the prefix hashes (services/common/prefix_hash.py)."""
     page_size: _builtins.int
     """Tokens a page; 0 asks for no hashes."""
+    traceparent: _builtins.str
+    """W3C trace context; empty means none, or that of the call's metadata."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizeInput]:
         """Inputs are independent; the reply has one result for each, in order."""
@@ -41,10 +44,11 @@ class TokenizeRequest(_message.Message):
         inputs: _abc.Iterable[Global___TokenizeInput] | None = ...,
         namespace: _builtins.str = ...,
         page_size: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "namespace", b"namespace", "page_size", b"page_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "namespace", b"namespace", "page_size", b"page_size", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

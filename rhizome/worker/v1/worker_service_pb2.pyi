@@ -156,7 +156,7 @@ class Submit(_message.Message):
     reservation_id: _builtins.int
     """From the scheduler's placement; 0 when there was none."""
     traceparent: _builtins.str
-    """W3C trace context; empty means none."""
+    """W3C trace context; empty means none, or that of Generate's metadata."""
     tenant: _builtins.str
     priority: _builtins.int
     @_builtins.property

@@ -34,7 +34,7 @@ async def generate(serving: Serving, exchange: Exchange) -> None:
         request,
         exchange.request_id,
         serving.deadline(exchange.arrival_s),
-        exchange.traceparent,
+        exchange.span,
         exchange.tenant,
     )
     if request.stream:

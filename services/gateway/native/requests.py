@@ -11,6 +11,7 @@ import msgspec
 from rhizome.common.v1.logprobs_pb2 import LogprobOptions
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import TokenizeInput
 from services.common.errors import InvalidRequestError
+from services.common.spans import Span
 from services.gateway.exchange import schedule_id, valid_request_id
 from services.gateway.generation import GenerationSpec
 from services.gateway.json_body import convert_member, without_nulls
@@ -101,7 +102,7 @@ def native_batch(
     request: GenerateRequest,
     request_id: str,
     deadline: float | None,
-    traceparent: str,
+    span: Span,
     tenant: str = "",
 ) -> NativeBatch:
     """Raises InvalidRequestError naming the parameter that is wrong."""
@@ -144,7 +145,7 @@ def native_batch(
                 input_param=param,
                 min_tokens_param=_NAMES.min_new_tokens,
                 deadline=deadline,
-                traceparent=traceparent,
+                span=span,
             )
         )
     if len({spec.num_choices for spec in specs}) > 1:

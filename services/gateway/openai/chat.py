@@ -64,7 +64,7 @@ def _spec(request: ChatRequest, exchange: Exchange, serving: Serving) -> Generat
         session_id=request.session_id or "",
         input_param="messages",
         deadline=serving.deadline(exchange.arrival_s),
-        traceparent=exchange.traceparent,
+        span=exchange.span,
     )
 
 

@@ -104,7 +104,7 @@ def _spec(
         session_id=request.session_id or "",
         input_param="prompt",
         deadline=serving.deadline(exchange.arrival_s),
-        traceparent=exchange.traceparent,
+        span=exchange.span,
     )
 
 

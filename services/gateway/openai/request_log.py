@@ -30,4 +30,5 @@ def log_request(
         exchange.tenant,
         request.user,
         request.metadata,
+        extra=exchange.span.log_fields,
     )

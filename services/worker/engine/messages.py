@@ -124,6 +124,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     decode_ns: int
     num_preemptions: int
     reservation_id: int
+    # When it gave way to others.
+    preempted_ns: list[int] = []
 
 
 class SequenceError(msgspec.Struct, frozen=True, array_like=True):

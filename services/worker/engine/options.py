@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.common.logs import LogFormat
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
@@ -32,6 +34,7 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"
     """"fp8_e4m3" or "fp8_e5m2" halve what a token of the pool takes; "auto" is the dtype."""
     page_size: int = 16
+    log_format: LogFormat = "text"
     profile_dir: Path | None = None
     """Where traces go; None refuses to record."""
     context_length: int | None = None

@@ -92,7 +92,7 @@ def main(wrap: Callable[[Runner], Runner] = lambda runner: runner) -> None:
     # Ctrl-C reaches the whole group; the front decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(spec.parent_pid)
-    configure_logging("engine", spec.log_level)
+    configure_logging("engine", spec.log_level, spec.options.log_format)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     inbox = ZmqInbox(context, spec.input_address)
     outbox = ZmqOutbox(context, spec.output_address)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from services.common.logs import LogFormat
 from services.worker.engine.options import EngineOptions
 
 FOLLOWER_MODULE = "services.worker.engine.runner.follower"
@@ -34,6 +35,7 @@ class FollowerSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     # Whose death ends it.
     parent_pid: int
+    log_format: LogFormat = "text"
     # Of rank 0's host: the rank's end of a socket pair. Of other hosts: None.
     channel_fd: int | None = None
     # Of other hosts: that host's options, and a pipe that gets a byte when the rank takes steps.

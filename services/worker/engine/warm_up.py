@@ -32,7 +32,7 @@ def main() -> None:
     # Ctrl-C reaches the whole group; this process ends with the one that started it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(spec.parent_pid)
-    configure_logging("warm", spec.log_level)
+    configure_logging("warm", spec.log_level, spec.options.log_format)
     started = time.monotonic()
     try:
         runner, plan = build_runner(spec.options, _ignore_progress)

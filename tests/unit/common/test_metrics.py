@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from services.common.metrics import metrics_server, process_metrics
+from services.common.metrics import metrics_server, process_metrics, registry_server
 
 
 def counted() -> CollectorRegistry:
@@ -19,8 +19,9 @@ def counted() -> CollectorRegistry:
     return registry
 
 
-def fetch(port: int | None) -> str:
-    with urllib.request.urlopen(f"http://localhost:{port}/metrics") as response:
+def fetch(port: int | None, accept: str = "*/*") -> str:
+    request = urllib.request.Request(f"http://localhost:{port}/metrics", headers={"accept": accept})
+    with urllib.request.urlopen(request) as response:
         return str(response.read(), "utf-8")
 
 
@@ -55,3 +56,22 @@ async def test_a_port_that_cannot_be_bound_is_named() -> None:
             with pytest.raises(OSError, match=f"metrics on port {port}"):
                 async with metrics_server(port, counted()):
                     pass
+
+
+async def test_exemplars_are_for_those_who_ask_for_openmetrics() -> None:
+    registry = CollectorRegistry()
+    weight = Histogram("weight", "Of apples.", buckets=(1.0,), registry=registry)
+    weight.observe(0.5, {"trace_id": "abc"})
+    async with metrics_server(0, registry) as port:
+        plain = fetch(port)
+        open_metrics = fetch(port, "application/openmetrics-text; version=1.0.0")
+    assert '# {trace_id="abc"} 0.5' in open_metrics
+    assert open_metrics.endswith("# EOF\n")
+    assert "abc" not in plain
+
+
+async def test_a_registry_can_be_served_as_it_is() -> None:
+    async with registry_server(0, counted()) as port:
+        text = fetch(port)
+    assert "apples_total 3.0" in text
+    assert "process_" not in text

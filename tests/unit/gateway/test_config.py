@@ -26,6 +26,7 @@ def test_peers_are_given_once_for_each_replica() -> None:
         (["--request-timeout-s", "-1"], "timeout"),
         (["--drain-delay-s", "-1"], "drain-delay"),
         (["--log-level", "loud"], "log-level"),
+        (["--tokenizers", "dns+all:t"], "host:port"),
     ],
 )
 def test_bad_values_are_named(

@@ -33,6 +33,7 @@ def flag_names(config: Any) -> list[str]:
 def test_every_flag_of_serve_is_in_the_documentation():
     text = (DOCS / "tuning.md").read_text() + (DOCS / "quick-start.md").read_text()
     text += (DOCS / "chat-templates.md").read_text() + (DOCS / "security.md").read_text()
+    text += (DOCS / "tracing.md").read_text()
     missing = [
         flag
         for name in flag_names(ServeConfig)

@@ -9,6 +9,7 @@ import pytest
 from services.cache_index.config import CacheIndexConfig
 from services.common.config import parse_config
 from services.common.edge_flags import EdgeFlags
+from services.common.telemetry import TelemetryFlags
 from services.common.tls import TlsFlags
 from services.gateway.config import GatewayConfig
 from services.launch.config import ServeConfig
@@ -122,6 +123,16 @@ def test_services_behind_the_gateway_get_ports_for_their_metrics_in_order() -> N
         "worker-1": 29004,
     }
     assert parsed(ServeConfig())["scheduler"].metrics_port is None
+
+
+def test_every_service_traces_and_logs_as_the_operator_asks() -> None:
+    telemetry = TelemetryFlags(
+        otlp_traces_endpoint="tempo:4317", trace_sample_ratio=0.01, log_format="json"
+    )
+    services = parsed(ServeConfig(dp=2, telemetry=telemetry))
+    assert {name: service.telemetry for name, service in services.items()} == dict.fromkeys(
+        services, telemetry
+    )
 
 
 def test_the_grpc_port_follows_the_http_port() -> None:

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ def test_every_flag_is_read() -> None:
         ({"worker_wait_s": -1.0}, "worker_wait_s"),
         ({"load_weight": -0.1}, "load_weight"),
         ({"redis_url": "localhost:6379"}, "redis_url"),
+        ({"redis_url": "redis://localhost", "leader_lease": "leader"}, "give one of them"),
+        ({"leader_lease": ""}, "leader_lease"),
+        ({"kubeconfig": Path("x")}, "leader_lease"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(changes: dict[str, Any], name: str) -> None:

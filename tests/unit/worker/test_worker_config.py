@@ -83,10 +83,6 @@ def test_repeated_flags_gather() -> None:
         ("--drain-timeout-s", "-3"),
         ("--nccl-init-addr", "node-0:5000"),
         ("--enable-p2p-check",),
-        (
-            *("--tp-size", "2", "--nnodes", "2", "--node-rank", "1", "--nccl-init-addr", "h:1"),
-            *("--metrics-port", "9000"),
-        ),
         ("--listen", "0.0.0.0:30040", "--scheduler", "localhost:30020"),
     ],
 )

@@ -84,6 +84,7 @@ class OutputCollector:
                 decode_ns=now - prefilled_ns,
                 num_preemptions=sequence.num_preemptions,
                 reservation_id=sequence.request.reservation_id,
+                preempted_ns=sequence.preempted_ns,
             )
         )
 

@@ -372,7 +372,7 @@ class BatchScheduler:
         """The newest of the lowest priority waits again; its full pages stay for its return."""
         sequence = self._running.to_preempt()
         self._running.stop(sequence)
-        sequence.num_preemptions += 1
+        sequence.preempted_ns.append(self._clock())
         self._waiting.add(sequence, self._num_uncached(sequence))
         self._outputs.preempt()
         self._growth.on_preemption()

@@ -37,12 +37,18 @@ class Sequence:
     # When its first token came, or its prefill ended where it samples none.
     prefilled_ns: int | None = None
     cached_tokens: int = 0
-    num_preemptions: int = 0
+    # When it gave way to others.
+    preempted_ns: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> int:
         """Its name."""
         return self.request.key
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often it gave way."""
+        return len(self.preempted_ns)
 
     @property
     def num_output_tokens(self) -> int:

@@ -98,7 +98,7 @@ def _build_solo(
 def _build_ranked(
     options: EngineOptions, config: ModelConfig, device: torch.device, on_progress: OnProgress
 ) -> tuple[Runner, EnginePlan]:
-    ranks = RankProcesses(options.ranks_per_node)
+    ranks = RankProcesses(options.ranks_per_node, options.log_format)
     watch: RankWatch | None = None
     try:
         meeting = (

@@ -49,7 +49,10 @@ from services.worker.engine.spec import (
 logger = logging.getLogger(__name__)
 
 # What may differ between the nodes of a group.
-_OWN_OPTIONS = ("model_path", "tokenizer_path", "node_rank", "nccl_init_addr", "base_gpu_id")
+_OWN_OPTIONS = (
+    *("model_path", "tokenizer_path", "node_rank", "nccl_init_addr", "base_gpu_id"),
+    "log_format",
+)
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
     # Ctrl-C reaches the whole group; rank 0 decides when the ranks stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(spec.parent_pid)
-    configure_logging(f"worker-rank{spec.rank}", "warning")
+    configure_logging(f"worker-rank{spec.rank}", "warning", spec.log_format)
     try:
         channel = _open_channel(spec)
     except RankLostError:

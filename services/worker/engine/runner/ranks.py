@@ -16,6 +16,7 @@ import time
 
 from torch._C._distributed_c10d import TCPStore
 
+from services.common.logs import LogFormat
 from services.common.nodes import HostPort
 from services.worker.engine.batch import StepPlan, StepResult
 from services.worker.engine.distributed.channel import Channel, Kind, RankLostError
@@ -49,13 +50,18 @@ class RankProcesses:
     thread that started them.
     """
 
-    def __init__(self, num_local: int) -> None:
+    def __init__(self, num_local: int, log_format: LogFormat = "text") -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self.channels: dict[int, Channel] = {}
         for rank in range(1, num_local):
             ours, theirs = socket.socketpair()
             with theirs:
-                spec = FollowerSpec(rank=rank, parent_pid=os.getpid(), channel_fd=theirs.fileno())
+                spec = FollowerSpec(
+                    rank=rank,
+                    parent_pid=os.getpid(),
+                    log_format=log_format,
+                    channel_fd=theirs.fileno(),
+                )
                 command = (sys.executable, "-m", FOLLOWER_MODULE, encode_message(spec).decode())
                 self._processes.append(
                     subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
