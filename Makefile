@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults cluster-tools test-cluster test-clients check protos clients chart-examples
+.PHONY: install demo serve test test-faults check protos dashboards dashboard-pictures test-clients clients cluster-tools test-cluster chart-examples
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -22,7 +22,7 @@ serve: install
 	$(BIN)/rhizome serve $(ARGS)
 
 test: install
-	$(BIN)/pytest -q -m 'not gpu and not multigpu and not faults and not clients and not cluster'
+	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not gpu and not multigpu and not faults and not clients and not cluster'
 
 # FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
 test-faults: install
@@ -50,6 +50,14 @@ check: install
 
 protos: install
 	protos/generate.sh rhizome
+
+# The chart's dashboards, from deploy/grafana.
+dashboards: install
+	$(BIN)/python -m deploy.grafana
+
+# Their pictures in docs/images, from a system under load; needs prometheus, takes a few minutes.
+dashboard-pictures: install
+	$(BIN)/python -m tests.e2e.observed
 
 # The code of the Go and TypeScript clients; needs go and npm.
 clients: install

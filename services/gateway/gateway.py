@@ -26,6 +26,7 @@ from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
 from services.gateway.serving import Limits, Serving
+from services.gateway.table_metrics import TableCollector
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
 
@@ -69,6 +70,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
         registry = metrics.registry
         for metric in expiry_metrics(tls):
             registry.register(metric)
+        registry.register(TableCollector(pipeline.control.table))
         await stack.enter_async_context(process_metrics(registry))
         await stack.enter_async_context(registry_server(config.metrics_port, registry))
         await stack.enter_async_context(pipeline.control.following())

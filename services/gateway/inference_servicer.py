@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from rhizome.common.v1.logprobs_pb2 import LogprobBlock, LogprobOptions
@@ -26,7 +28,7 @@ from rhizome.inference.v1.inference_service_pb2 import (
 )
 from rhizome.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from rhizome.tokenizer.v1.tokenizer_service_pb2 import ChatInput, TokenizeInput
-from services.common.errors import InvalidRequestError, UnimplementedError
+from services.common.errors import InvalidRequestError, RhizomeError, UnimplementedError
 from services.common.rpc import MAX_FRAME_BYTES
 from services.common.spans import Span
 from services.gateway.access import Need
@@ -69,7 +71,7 @@ class InferenceServicer(InferenceServiceServicer):
         request: GenerateRequest,
         context: aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> None:
-        with self._serving.tracer.begin_call(_GENERATE, context) as span:
+        with self._counted(), self._serving.tracer.begin_call(_GENERATE, context) as span:
             await self._generate(request, context, span)
 
     async def _generate(
@@ -95,6 +97,24 @@ class InferenceServicer(InferenceServiceServicer):
         finally:
             if span.is_recording:
                 describe_answer(span, [generation])
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """The block is one call: count it by the status it ends with, beside HTTP's requests."""
+        status = grpc.StatusCode.OK
+        try:
+            yield
+        except asyncio.CancelledError:
+            status = grpc.StatusCode.CANCELLED
+            raise
+        except RhizomeError as error:
+            status = error.status
+            raise
+        except Exception:
+            status = grpc.StatusCode.INTERNAL
+            raise
+        finally:
+            self._serving.pipeline.metrics.requests.labels(f"/{_GENERATE}", status.name).inc()
 
     async def Embed(
         self, request: EmbedRequest, context: aio.ServicerContext[EmbedRequest, EmbedResponse]

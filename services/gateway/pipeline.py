@@ -42,6 +42,7 @@ from services.gateway.generation import (
 from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import check_parameters, check_token_ids, fit_context
+from services.gateway.prompt_records import PromptRecords
 from services.gateway.rate_limits import RateLimits
 from services.gateway.spans import describe_attempt, describe_placement
 from services.gateway.tokenizers import TokenizerPool
@@ -73,6 +74,7 @@ class Pipeline:
         self.metrics = metrics
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
         self.rates = RateLimits(tenants, metrics)
+        self.records = PromptRecords(metrics, tenants, self.rates)
         self._tenants = tenants
         self.closing = False
 
@@ -84,8 +86,13 @@ class Pipeline:
     @contextlib.contextmanager
     def admitted(self, prompts: Sequence[Prompt], tenant: str) -> Iterator[None]:
         """Serve these prompts until the block ends. Raises OverloadedError."""
-        self.rates.require(tenant)
-        self.inflight.admit(len(prompts), tenant)
+        try:
+            self.rates.require(tenant)
+            self.inflight.admit(len(prompts), tenant)
+        except RhizomeError as error:
+            for prompt in prompts:
+                self.records.count(prompt, error)
+            raise
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.rates.charge(tenant, num_requests=len(prompts), num_tokens=num_tokens)
         try:
@@ -184,24 +191,34 @@ class Generation:
 
     async def run(self) -> None:
         """Return when every choice has ended. Raises what stops the prompt for good."""
+        end: BaseException | None = None
         try:
             async with _time_limit(self.prompt.spec.deadline):
                 await self._run_attempts()
         except TimeoutError as error:
-            raise DeadlineError("the request's time is over") from error
+            end = DeadlineError("the request's time is over")
+            raise end from error
+        except BaseException as error:
+            end = error
+            raise
         finally:
             self.end_s = time.monotonic()
             for choice in self.choices:
                 if not choice.ended and (session := self._sessions.get(choice)) is not None:
                     session.cancel(choice)
-            self._observe()
+            self._pipeline.records.ended(self, end)
 
     async def _run_attempts(self) -> None:
         pending = self.choices
         attempts = Attempts()
+        metrics = self._pipeline.metrics
         while pending:
-            placement = await self._place(len(pending), attempts)
-            with self.prompt.spec.span.child("attempt", SpanKind.CLIENT) as span:
+            with metrics.queued.track_inprogress():
+                placement = await self._place(len(pending), attempts)
+            with (
+                metrics.running.track_inprogress(),
+                self.prompt.spec.span.child("attempt", SpanKind.CLIENT) as span,
+            ):
                 pending = await self._attempt(pending, placement, attempts.number, span)
             if pending:
                 self._move_on(attempts, placement.worker_id)
@@ -362,6 +379,11 @@ class Generation:
         return self.choices[0].cached_tokens
 
     @property
+    def queued_s(self) -> float:
+        """Spent until workers were named, over all attempts."""
+        return self.hops.schedule_s
+
+    @property
     def elapsed_s(self) -> float:
         """From the request's arrival to its end, or to now."""
         return (self.end_s or time.monotonic()) - self.arrival_s
@@ -374,23 +396,6 @@ class Generation:
     def first_token_s(self) -> float:
         """Monotonic time of the first token of any choice; 0 before."""
         return min((c.first_token_s for c in self.choices if c.first_token_s), default=0.0)
-
-    def _observe(self) -> None:
-        metrics, model = self._pipeline.metrics, self.prompt.model
-        metrics.prompt_tokens.labels(model).inc(len(self.prompt.token_ids))
-        metrics.cached_tokens.labels(model).inc(self.cached_tokens)
-        metrics.output_tokens.labels(model).inc(self.num_output_tokens)
-        tenant = self.prompt.spec.tenant
-        self._pipeline.rates.charge(tenant, num_tokens=self.num_output_tokens)
-        first = self.first_token_s
-        metrics.observe_times(
-            model,
-            latency_s=self.elapsed_s,
-            first_token_s=first - self.arrival_s if first else None,
-            decode_s=self.end_s - first,
-            num_decoded=max(len(choice.output_ids) for choice in self.choices) - 1,
-            exemplar=self.prompt.spec.span.exemplar,
-        )
 
 
 def _time_limit(deadline: float | None) -> asyncio.Timeout:

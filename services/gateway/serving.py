@@ -127,8 +127,11 @@ class Serving:
                     error.message,
                     extra=exchange.span.log_fields,
                 )
+                reply = error_reply(error)
+                # What metrics call it; the head is long sent.
+                exchange.status = reply.status
                 exchange.span.fail(error)
-                events.write(b"data: %b\n\n" % error_reply(error).body)
+                events.write(b"data: %b\n\n" % reply.body)
             except asyncio.CancelledError:
                 if work.cancelled() and events.overflowed is None:
                     raise ClientGoneError from None

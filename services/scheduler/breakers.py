@@ -5,6 +5,7 @@ M. Nygard, Release It!, chapter "Stability Patterns": closed, open, and half-ope
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 # Failures in a row that open a breaker.
@@ -15,6 +16,14 @@ _SAME_FAILURE_S = 1.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _FORGET_AFTER_S = 600.0
+
+
+class BreakerState(enum.Enum):
+    """Half open lets one request through as a probe."""
+
+    CLOSED = 0
+    HALF_OPEN = 1
+    OPEN = 2
 
 
 @dataclass(slots=True)
@@ -62,8 +71,14 @@ class BreakerBoard:
 
     def is_open(self, worker_id: str, now: float) -> bool:
         """Whether the worker must not get a request now."""
+        return self.state(worker_id, now) is BreakerState.OPEN
+
+    def state(self, worker_id: str, now: float) -> BreakerState:
+        """As others may see it."""
         breaker = self._breakers.get(worker_id)
-        return breaker is not None and breaker.open_until is not None and now < breaker.open_until
+        if breaker is None or breaker.open_until is None:
+            return BreakerState.CLOSED
+        return BreakerState.OPEN if now < breaker.open_until else BreakerState.HALF_OPEN
 
     @property
     def worker_ids(self) -> list[str]:

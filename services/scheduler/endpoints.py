@@ -116,6 +116,10 @@ class WorkerTable:
         entry = self._entries.get(worker_id)
         return None if entry is None else self._views[entry.registration.pool][worker_id]
 
+    def views(self) -> list[WorkerView]:
+        """Every registered worker."""
+        return [view for views in list(self._views.values()) for view in list(views.values())]
+
     def has_workers(self, pool: Pool) -> bool:
         return bool(self._views.get(pool))
 

@@ -1,16 +1,26 @@
-"""Gauges over queues and reservations, read when somebody scrapes."""
+"""Gauges over queues, reservations and workers, read when somebody scrapes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from services.scheduler.admission import Backlog
+from services.scheduler.audit import ReservationAudit
+from services.scheduler.endpoints import WorkerTable
+from services.scheduler.health import WorkerHealth
 from services.scheduler.metrics import SchedulerMetrics, priority_label
 from services.scheduler.reservations import ReservationBook
 
 
 def add_gauges(
-    metrics: SchedulerMetrics, backlogs: Collection[Backlog], reservations: ReservationBook
+    metrics: SchedulerMetrics,
+    backlogs: Collection[Backlog],
+    reservations: ReservationBook,
+    audit: ReservationAudit,
 ) -> None:
     """Register them; they keep what they read alive."""
 
@@ -44,3 +54,27 @@ def add_gauges(
         lambda: reservations.num_charged,
     )
     metrics.gauge("reservations", "Live reservations", lambda: reservations.num_live)
+    metrics.gauge(
+        "reservation_leaks",
+        "Reservations and workers' charges that nothing will end; zero unless something is wrong",
+        lambda: audit.num_leaks,
+    )
+
+
+class BreakerCollector(Collector):
+    """The breaker of every registered worker, as it is now."""
+
+    def __init__(self, table: WorkerTable, health: WorkerHealth) -> None:
+        self._table = table
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        breakers = GaugeMetricFamily(
+            "rhizome_scheduler_breaker",
+            "A worker's breaker: 0 closed, 1 half open, 2 open",
+            labels=("worker",),
+        )
+        for view in self._table.views():
+            state = self._health.breaker_state(view.worker_id)
+            breakers.add_metric((view.worker_id,), state.value)
+        yield breakers

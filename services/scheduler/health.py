@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.scheduler.accounting import Outcome
-from services.scheduler.breakers import BreakerBoard
+from services.scheduler.breakers import BreakerBoard, BreakerState
 from services.scheduler.endpoints import WorkerTable
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.views import WorkerState
@@ -38,6 +38,10 @@ class WorkerHealth:
         """A request goes there: a probe, where the breaker is half open."""
         self._breakers.note_placed(worker_id, self._clock())
         self.apply(worker_id)
+
+    def breaker_state(self, worker_id: str) -> BreakerState:
+        """Of one worker, now."""
+        return self._breakers.state(worker_id, self._clock())
 
     def sweep(self) -> None:
         """What happens by time alone."""

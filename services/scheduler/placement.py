@@ -16,10 +16,11 @@ from services.common.errors import (
 from services.common.tenants import TenantSet
 from services.scheduler.accounting import Accounting, Outcome
 from services.scheduler.admission import Backlog, QueueBounds
+from services.scheduler.audit import ReservationAudit
 from services.scheduler.charges import charge, charge_of
 from services.scheduler.endpoints import Registration, WorkerTable
 from services.scheduler.filters import eligible, has_room, may_become_eligible, with_room
-from services.scheduler.gauges import add_gauges
+from services.scheduler.gauges import BreakerCollector, add_gauges
 from services.scheduler.health import WorkerHealth
 from services.scheduler.holds import Hold, WorkAhead
 from services.scheduler.index_client import WorkerMatch
@@ -83,7 +84,9 @@ class Placer:
         self._accounting = Accounting(tenants, metrics)
         backlogs = {pool: Backlog(tenants, bounds, metrics) for pool in pools.pools}
         self._waiting = WaitingTickets(backlogs, worker_wait_s=worker_wait_s)
-        add_gauges(metrics, backlogs.values(), reservations)
+        self._audit = ReservationAudit(reservations, table)
+        add_gauges(metrics, backlogs.values(), reservations, self._audit)
+        metrics.registry.register(BreakerCollector(table, self._health))
 
     @property
     def num_queued(self) -> int:
@@ -234,6 +237,7 @@ class Placer:
         self._metrics.expired.inc(self._reservations.expire(now))
         self._overlay.turn(now)
         self._health.sweep()
+        self._audit.look(now)
         for pool in self._waiting.pools:
             self._waiting.sweep(pool, self._table.snapshot(pool), now)
             self._pump(pool)

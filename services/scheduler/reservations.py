@@ -63,6 +63,9 @@ class ReservationBook:
         """The balance: placements that no report includes yet. Zero when idle."""
         return len(self._unadmitted)
 
+    def live(self) -> list[Reservation]:
+        return list(self._live.values())
+
     def find(self, key: tuple[str, int]) -> Reservation | None:
         return self._by_key.get(key)
 

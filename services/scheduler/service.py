@@ -145,11 +145,14 @@ async def _standing(
     metrics: SchedulerMetrics,
 ) -> AsyncIterator[None]:
     """Stand for leader until the block ends; nothing without a lease."""
-    metrics.gauge("leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0))
     async with _lease(config, metrics) as lease:
         if lease is None:
             yield
             return
+        # Not without an election: nobody leading would be nothing to worry about.
+        metrics.gauge(
+            "leads", "Whether gateways prefer this one", lambda: float(watch.leader_term > 0)
+        )
         leadership = Leadership(
             lease, lambda: any(map(table.num_ready, pools.pools)), on_change=watch.lead
         )

@@ -276,6 +276,12 @@ def _pool(identity: PoolIdentity, limits: PoolLimits, views: Sequence[WorkerView
                 max_running_sequences=view.worker.max_running_sequences,
                 num_running=view.load.num_running,
                 num_waiting=view.load.num_waiting,
+                num_used_pages=max(
+                    0,
+                    view.worker.num_pages
+                    - view.load.num_free_pages
+                    - view.load.num_evictable_pages,
+                ),
             )
             for view in views
         ],

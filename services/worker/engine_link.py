@@ -127,6 +127,11 @@ class EngineProcess:
         logger.info("event=engine_started pid=%s", process.pid)
         return cls(process)
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     async def wait(self) -> int:
         """Its exit status once it ended; negative for a signal."""
         return await self._process.wait()

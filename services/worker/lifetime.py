@@ -40,7 +40,7 @@ async def serve(config: WorkerConfig, engine_command: Sequence[str] = ENGINE_COM
         )
         grace_s = 0.0
         try:
-            async with running_worker(options, link) as worker:
+            async with running_worker(options, link, engine.pid) as worker:
                 watch = asyncio.create_task(_watch(engine, worker.replica))
                 try:
                     await _until_over(worker, stop, config.drain_timeout_s)

@@ -77,8 +77,10 @@ class RunningWorker:
 
 
 @contextlib.asynccontextmanager
-async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIterator[RunningWorker]:
-    """Serve the engine behind `link` until the block ends."""
+async def running_worker(
+    options: ServiceOptions, link: EngineLink, engine_pid: int | None = None
+) -> AsyncIterator[RunningWorker]:
+    """Serve the engine behind `link` until the block ends; `engine_pid` is for metrics."""
     async with contextlib.AsyncExitStack() as stack:
         tls = await stack.enter_async_context(peer_tls(options.tls))
         tracer = await stack.enter_async_context(
@@ -90,7 +92,11 @@ async def running_worker(options: ServiceOptions, link: EngineLink) -> AsyncIter
             replica, lambda: _heartbeat(replica), epoch=options.identity.epoch, times=options.times
         )
         await stack.enter_async_context(
-            metrics_server(options.metrics_port, WorkerCollector(replica), *expiry_metrics(tls))
+            metrics_server(
+                options.metrics_port,
+                WorkerCollector(replica, engine_pid),
+                *expiry_metrics(tls),
+            )
         )
         server = await stack.enter_async_context(
             running_server(

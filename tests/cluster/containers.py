@@ -73,8 +73,10 @@ class Container:
 
     def close(self) -> None:
         self._closing.set()
-        self.process.kill()
-        self._thread.join()
+        # Again, because it may be starting anew.
+        while self._thread.is_alive():
+            self.process.kill()
+            self._thread.join(0.1)
 
     def _keep_running(self) -> None:
         while not self._closing.is_set():

@@ -54,7 +54,7 @@ class PodParts:
         found: dict[str, Path | None] = {}
         for mount in container.get("volumeMounts", []):
             folder = self._volume(volumes[mount["name"]])
-            found[mount["mountPath"]] = folder / mount.get("subPath", "")
+            found[mount["mountPath"]] = folder / str(mount.get("subPath", ""))
         return found
 
     def user(self, container: Object) -> int:
@@ -93,7 +93,7 @@ class PodParts:
 
     def _volume(self, volume: Object) -> Path:
         """A folder with the volume's content; the same one for all containers of the pod."""
-        folder = self.directory / "volumes" / self.name / volume["name"]
+        folder: Path = self.directory / "volumes" / self.name / volume["name"]
         if folder.exists():
             return folder
         folder.mkdir(parents=True)
@@ -125,8 +125,8 @@ class PodParts:
         for item in source.get("downwardAPI", {}).get("items", []):
             content[item["path"]] = self.field(item["fieldRef"]["fieldPath"]).encode()
         group = self.pod["spec"]["securityContext"].get("fsGroup", 0)
-        for path, data in content.items():
-            (folder / path).write_bytes(data)
+        for path, written in content.items():
+            (folder / path).write_bytes(written)
             os.chown(folder / path, 0, group)
             (folder / path).chmod(mode | (0o440 if group else 0))
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def free_port(num_ports: int = 2) -> int:
 
 
 @contextlib.contextmanager
-def running_system(*flags: str) -> Iterator[System]:
+def running_system(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[System]:
     """Start `rhizome serve`, wait until it says that it is ready, stop it with SIGTERM."""
     port = free_port()
     process = subprocess.Popen(
@@ -54,7 +54,7 @@ def running_system(*flags: str) -> Iterator[System]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
     log: list[str] = []
     ready = threading.Event()

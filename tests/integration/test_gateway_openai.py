@@ -103,7 +103,9 @@ async def test_pain_20_s_usage_is_counted_always_and_shown_to_those_who_asked(
             assert all(chunk.usage is None and chunk.choices for chunk in chunks)
         await until(lambda n=number: reported("actual_cached_tokens_total") == 3 * n)  # type: ignore[misc]
         assert reported("reported_prompt_tokens_total") == number * prompt_tokens
-        output = counted("rhizome_gateway_output_tokens_total", {"model": "scripted"})
+        output = counted(
+            "rhizome_gateway_output_tokens_total", {"model": "scripted", "tenant": "none"}
+        )
         assert output == number * len(answer_ids())
 
 
@@ -364,7 +366,7 @@ async def test_health_and_metrics_tell_the_state(stack: GatewayStack) -> None:
         await http.post("/v1/chat/completions", json={"messages": CHAT})
         metrics = (await http.get("/metrics")).text
     assert 'requests_total{endpoint="/v1/chat/completions",status="200"} 1.0' in metrics
-    assert 'time_to_first_token_seconds_count{model="scripted"} 2.0' in metrics
+    assert 'time_to_first_token_seconds_count{model="scripted",tenant="none"} 2.0' in metrics
     assert "inflight_prompts 0.0" in metrics
 
 

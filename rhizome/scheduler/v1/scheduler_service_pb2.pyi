@@ -919,6 +919,7 @@ class WorkerEntry(_message.Message):
     MAX_RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_USED_PAGES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     epoch: _builtins.int
@@ -929,6 +930,8 @@ class WorkerEntry(_message.Message):
     num_running: _builtins.int
     """Load when the table was made; for power-of-two without a scheduler."""
     num_waiting: _builtins.int
+    num_used_pages: _builtins.int
+    """Pages that its running sequences used, of `num_pages`."""
     def __init__(
         self,
         *,
@@ -941,10 +944,11 @@ class WorkerEntry(_message.Message):
         max_running_sequences: _builtins.int = ...,
         num_running: _builtins.int = ...,
         num_waiting: _builtins.int = ...,
+        num_used_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "max_running_sequences", b"max_running_sequences", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "max_running_sequences", b"max_running_sequences", "num_pages", b"num_pages", "num_running", b"num_running", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

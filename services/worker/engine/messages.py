@@ -171,6 +171,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    # Cached pages that gave way to others since the start.
+    num_evicted_pages: int = 0
 
 
 class EvictionWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -198,6 +200,7 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     decode_sequences: int = 0
     # Tokens in place before, over all decode rows.
     decode_context_tokens: int = 0
+    prefill_sequences: int = 0
 
 
 class StepOutput(msgspec.Struct, kw_only=True, tag="step"):

@@ -1,6 +1,6 @@
 import pytest
 
-from services.scheduler.breakers import BreakerBoard
+from services.scheduler.breakers import BreakerBoard, BreakerState
 
 
 @pytest.fixture
@@ -72,3 +72,15 @@ def test_old_failures_are_forgotten(board: BreakerBoard) -> None:
     assert board.worker_ids == ["w"]
     board.forget_old(605.0)
     assert board.worker_ids == []
+
+
+def test_its_state_is_open_for_a_while_then_half_open_until_a_success(board: BreakerBoard) -> None:
+    _fail(board, [0.0, 2.0])
+    assert board.state("w", 2.0) is BreakerState.CLOSED
+    _fail(board, [4.0])
+    assert [board.state("w", now) for now in (4.9, 5.0)] == [
+        BreakerState.OPEN,
+        BreakerState.HALF_OPEN,
+    ]
+    board.note_success("w")
+    assert board.state("w", 5.0) is BreakerState.CLOSED

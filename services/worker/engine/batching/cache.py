@@ -25,6 +25,8 @@ class SequenceCache:
         self.tree = RadixTree(page_size, self.events)
         self._allocator = PageAllocator(num_pages)
         self._retired: list[int] = []
+        # Since the start; a flush evicts nothing.
+        self.num_evicted = 0
 
     @property
     def num_free(self) -> int:
@@ -69,7 +71,9 @@ class SequenceCache:
         """Pages, by eviction if need be. The caller makes sure that as many are available."""
         lacking = num_pages - self._allocator.num_free
         if lacking > 0:
-            self._allocator.free(self.tree.evict(lacking))
+            evicted = self.tree.evict(lacking)
+            self.num_evicted += len(evicted)
+            self._allocator.free(evicted)
         return self._allocator.allocate(num_pages)
 
     def store(self, sequence: Sequence, num_tokens: int) -> list[int]:

@@ -132,6 +132,7 @@ class OutputCollector:
         num_running_context_tokens: int,
         num_free_pages: int,
         num_evictable_pages: int,
+        num_evicted_pages: int,
     ) -> StepOutput:
         """What there is to send, with these queues and pages as its load."""
         output = self._output
@@ -148,6 +149,7 @@ class OutputCollector:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_evicted_pages=num_evicted_pages,
         )
         self._output = StepOutput(step_number=0)
         self.is_empty = True

@@ -197,6 +197,7 @@ class BatchScheduler:
             num_running_context_tokens=int(self._slots.num_computed.sum(dtype=np.int64)),
             num_free_pages=self._cache.num_free,
             num_evictable_pages=self._cache.tree.num_evictable,
+            num_evicted_pages=self._cache.num_evicted,
         )
 
     def check(self) -> None:

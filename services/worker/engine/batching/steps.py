@@ -56,6 +56,7 @@ class IssuedStep:
             prefill_context_products=self.prefill_context_products,
             decode_sequences=self.decode_sequences,
             decode_context_tokens=self.decode_context_tokens,
+            prefill_sequences=len(self.chunks),
         )
 
 
