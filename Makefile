@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo serve test test-faults test-clients cluster-tools test-cluster .test-cluster-controller .test-cluster-others check protos clients chart-examples dashboards dashboard-pictures
+.PHONY: install demo serve test test-faults test-clients cluster-tools test-cluster check protos clients chart-examples dashboards dashboard-pictures
 
 # Everything a developer needs, in .venv; again only when pyproject.toml changed.
 install: $(VENV)/.installed
@@ -37,15 +37,9 @@ cluster-tools:
 	tests/cluster/tools/build
 
 # What needs that control plane, or root and network namespaces; skipped where there is none.
-# Two halves at once, since both mostly wait.
+# Two processes, each with a control plane of its own: the tests mostly wait.
 test-cluster: install
-	$(MAKE) --jobs 2 --output-sync=target .test-cluster-controller .test-cluster-others
-
-CONTROLLER_TESTS := $(wildcard tests/cluster/test_controller_*.py) tests/cluster/test_leader_lease.py
-.test-cluster-controller:
-	$(BIN)/pytest -q -rs -m cluster $(CONTROLLER_TESTS)
-.test-cluster-others:
-	$(BIN)/pytest -q -rs -m cluster tests/cluster $(CONTROLLER_TESTS:%=--ignore=%)
+	$(BIN)/pytest -q -rs -n 2 --dist loadfile -m cluster tests/cluster
 
 check: install
 	ruff format --check .

@@ -19,6 +19,9 @@ _SETTLE_S = 10.0
 _MENDED_AFTER_S = 30.0
 # A pod that was to be deleted and is still there is deleted again.
 _RETRY_S = 5.0
+# Some pods of a unit have nodes and others find none: what the first hold, such as half of a rack,
+# may be why. Node autoscalers need minutes, so it is given some.
+_DIVIDED_S = 600.0
 
 
 class Restart(NamedTuple):
@@ -52,6 +55,8 @@ class _Unit:
     broken: str | None = None
     broken_at: float = 0.0
     ready_since: float | None = None
+    # Since when some pods have a node and others none.
+    divided_since: float | None = None
     # When it may be restarted next, and how long it is left alone after that.
     due: float = 0.0
     delay_s: float = _FIRST_DELAY_S
@@ -99,6 +104,7 @@ class GangKeeper:
             pod.is_leaving or pod.has_failed for pod in pods
         )
         self._note_readiness(unit, is_whole and all(pod.is_ready for pod in pods), now)
+        _note_division(unit, pods, now)
         if unit.broken is None:
             unit.broken = _flaw(unit, pods, now)
             unit.broken_at = now
@@ -128,8 +134,15 @@ class GangKeeper:
             unit.delay_s, unit.due = _FIRST_DELAY_S, 0.0
 
 
+def _note_division(unit: _Unit, pods: list[Pod], now: float) -> None:
+    if len({bool(pod.node_name) for pod in pods if not pod.is_leaving}) < 2:
+        unit.divided_since = None
+    elif unit.divided_since is None:
+        unit.divided_since = now
+
+
 def _begin(unit: _Unit, worker_set: WorkerSet, pods: list[Pod], reason: str, now: float) -> Restart:
-    unit.members, unit.broken, unit.ready_since = None, None, None
+    unit.members, unit.broken, unit.ready_since, unit.divided_since = None, None, None, None
     unit.leaving = {pod.uid for pod in pods}
     unit.deleted_at, unit.reason = now, reason
     return Restart(worker_set, tuple(pod for pod in pods if not pod.is_leaving), reason)
@@ -150,6 +163,9 @@ def _flaw(unit: _Unit, pods: list[Pod], now: float) -> str | None:
             return f"pod {pod.name} failed"
         if pod.is_leaving:
             return f"pod {pod.name} is being deleted"
+    if unit.divided_since is not None and now - unit.divided_since >= _DIVIDED_S:
+        names = ", ".join(pod.name for pod in pods if not pod.node_name)
+        return f"no node was found for {names} in {_DIVIDED_S:g} s"
     if unit.members is None:
         return None
     found = {pod.name: pod for pod in pods}

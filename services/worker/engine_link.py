@@ -32,7 +32,8 @@ class EngineLink:
     """Sends inputs in batches and hands over outputs as they come.
 
     Owns both sockets. The engine binds `input_address` and connects to `output_address`, so what
-    is sent before it is up waits here. Neither side's sends ever block.
+    is sent before it is up waits here. Neither side's sends ever block. Raises ValueError for a
+    directory that can hold no socket, such as one whose path is longer than 100 bytes.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -41,7 +42,11 @@ class EngineLink:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._receiver = self._context.socket(zmq.PULL)
         self._receiver.setsockopt(zmq.RCVHWM, 0)
-        self._receiver.bind(self.output_address)
+        try:
+            self._receiver.bind(self.output_address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ValueError(f"no socket can be made in {directory} (TMPDIR): {error}") from error
         self._sender = self._context.socket(zmq.PUSH)
         self._sender.setsockopt(zmq.SNDHWM, 0)
         self._sender.setsockopt(zmq.LINGER, 0)

@@ -125,11 +125,12 @@ def test_pods_of_a_dead_node_are_removed_only_where_that_is_asked_for(
     control_plane: ControlPlane, kubectl: Kubectl, kubeconfig: Path, tmp_path: Path
 ) -> None:
     lost = worker_set("lost", "g", 1, nodeName="no-such-node", terminationGracePeriodSeconds=1)
-    kubectl.apply(lost)
-    kubectl.until(lambda: uids(kubectl, "lost"))
-    kubectl("delete", "pod", "lost-0", "--wait=false")
     with running_controller(tmp_path, kubeconfig, *NO_SCHEDULER):
         kubectl.until(lambda: holder(kubectl))
+        kubectl.apply(lost)
+        kubectl.until(lambda: uids(kubectl, "lost"))
+        kubectl("delete", "pod", "lost-0", "--wait=false")
+        # Well before Kubernetes' own collector, which removes pods without a node after 40 s.
         time.sleep(8)
         assert not uids(kubectl, "lost"), "it is still being deleted"
         assert kubectl.exists("pod", "lost-0")

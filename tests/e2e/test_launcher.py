@@ -7,8 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -46,13 +47,29 @@ def is_listening(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_the_demo_answers_and_says_how(tmp_path: Path) -> None:
-    demo = run("services.launch.demo", temp=tmp_path)
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A place for sockets, whose paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="rz-") as path:
+        yield Path(path)
+
+
+def test_the_demo_answers_and_says_how(short_path: Path) -> None:
+    demo = run("services.launch.demo", temp=short_path)
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "The capital of France is Paris." in demo.stdout
     assert "worker-0" in demo.stdout
     assert "tokens came from the cache" in demo.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
+
+
+def test_a_place_whose_sockets_would_have_too_long_names_is_named(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    demo = run("services.launch.demo", temp=deep)
+    assert demo.returncode != 0
+    assert "TMPDIR" in demo.stderr
+    assert "Traceback" not in demo.stderr
 
 
 def test_a_request_to_paste_is_printed_and_works() -> None:
@@ -66,16 +83,16 @@ def test_a_request_to_paste_is_printed_and_works() -> None:
 
 
 def test_kill_9_of_the_launcher_leaves_no_process_port_or_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short_path))
     with running_system("--dp", "2") as system:
         descendants = psutil.Process(system.process.pid).children(recursive=True)
         assert len(descendants) >= 8
-        assert any(tmp_path.iterdir())
+        assert any(short_path.iterdir())
         system.process.kill()
         until(lambda: not any(child.is_running() for child in descendants))
-        until(lambda: not any(tmp_path.iterdir()))
+        until(lambda: not any(short_path.iterdir()))
         assert not is_listening(system.port)
         assert not is_listening(system.port + 1)
 

@@ -312,3 +312,41 @@ def test_a_set_is_one_worker_a_unit_or_one_a_replica() -> None:
     assert [each.num_workers for each in sets] == [3, 1]
     assert [each.worker_ids for each in sets] == [["w-0", "w-1", "w-2"], ["u0-0"]]
     assert sets[1].worker_id(3) == "u0-0"
+
+
+def place(unit: Unit, *names: str) -> None:
+    for name in names:
+        unit.change(name, node_name="n")
+
+
+def test_a_unit_whose_pods_find_no_nodes_together_starts_anew_after_a_while() -> None:
+    unit = Unit()
+    for name in unit.names:
+        unit.change(name, is_ready=False)
+    assert not unit.look()
+    place(unit, "u0-0")
+    assert not unit.look()
+    for _ in range(10):
+        assert not unit.look(59.0)
+    (restart,) = unit.look(11.0)
+    assert names(restart) == set(unit.names)
+    assert "no node was found for u0-1, u0-2" in restart.reason
+    # The new pods have as much time again.
+    unit.come_back()
+    assert not unit.look()
+    place(unit, "u0-2")
+    assert not unit.look(1.0)
+    assert not unit.look(590.0)
+    assert unit.look(10.0)
+
+
+def test_a_unit_that_finds_its_last_node_late_is_left_alone() -> None:
+    unit = Unit()
+    for name in unit.names:
+        unit.change(name, is_ready=False)
+    place(unit, "u0-0", "u0-1")
+    assert not unit.look()
+    assert not unit.look(590.0)
+    place(unit, "u0-2")
+    assert not unit.look(20.0)
+    assert not unit.look(3600.0)

@@ -46,7 +46,7 @@ def test_higher_priorities_then_earlier_arrivals_come_first(queue):
 
 def test_a_preempted_sequence_is_the_head_of_its_priority(queue):
     preempted = sequence(1, arrival_ns=99)
-    preempted.num_preemptions = 1
+    preempted.preempted_ns.append(100)
     queue.add(sequence(2, arrival_ns=1), 1)
     queue.add(sequence(3, arrival_ns=1, priority=1), 1)
     queue.add(preempted, 1)
