@@ -61,7 +61,7 @@ def test_zero_replicas_are_zero() -> None:
     assert entry["spec"]["replicas"] == 0
 
 
-def test_each_replica_over_nodes_is_a_set_with_a_pod_a_node() -> None:
+def test_pain_28_m_each_replica_over_nodes_is_a_set_with_a_pod_a_node() -> None:
     manifests = render(group(replicas=2, **CUDA_NODES))
     sets = worker_sets(manifests)
     assert {name: entry["spec"]["replicas"] for name, entry in sets.items()} == {

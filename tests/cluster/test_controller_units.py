@@ -57,7 +57,7 @@ def until_replaced(kubectl: Kubectl, name: str, before: dict[str, str]) -> None:
     kubectl.until_ready(f"app={name}", 2)
 
 
-def test_when_one_rank_is_deleted_its_unit_starts_as_one_and_no_other(
+def test_pain_28_m_when_one_rank_is_deleted_its_unit_starts_as_one_and_no_other(
     kubectl: Kubectl, controller: Program
 ) -> None:
     make_units(kubectl)

@@ -319,7 +319,7 @@ def place(unit: Unit, *names: str) -> None:
         unit.change(name, node_name="n")
 
 
-def test_a_unit_whose_pods_find_no_nodes_together_starts_anew_after_a_while() -> None:
+def test_pain_28_m_a_unit_whose_pods_find_no_nodes_together_starts_anew_after_a_while() -> None:
     unit = Unit()
     for name in unit.names:
         unit.change(name, is_ready=False)
