@@ -29,6 +29,7 @@ async def _serve(config: GatewayConfig) -> None:
 
     stop = process.stop_event()
     async with running_gateway(config) as gateway:
+        process.freeze_what_is_there()
         logger.info(
             "event=ready http=%s:%d grpc=%s grpc_port=%d",
             *(config.host, gateway.http_port, config.grpc_listen, gateway.grpc_port),

@@ -6,7 +6,13 @@ import logging
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import die_with_parent, exit_for, run, stop_event
+from services.common.process import (
+    die_with_parent,
+    exit_for,
+    freeze_what_is_there,
+    run,
+    stop_event,
+)
 from services.scheduler.config import SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,7 @@ async def _serve(config: SchedulerConfig) -> None:
         async with metrics_server(
             config.metrics_port, scheduler.metrics.registry, *expiry_metrics(scheduler.tls)
         ):
+            freeze_what_is_there()
             logger.info("event=ready listen=%s port=%s", config.listen, scheduler.server.port)
             await stop.wait()
     logger.info("event=stopped")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,13 @@ from contextlib import AsyncExitStack
 
 from services.common.config import parse_config
 from services.common.logs import configure_logging
-from services.common.process import die_with_parent, exit_for, run, stop_event
+from services.common.process import (
+    die_with_parent,
+    exit_for,
+    freeze_what_is_there,
+    run,
+    stop_event,
+)
 from services.tokenizer.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -44,9 +49,7 @@ async def serve(config: TokenizerConfig) -> None:
 
     parts = load_parts(config.model_path, config.tokenizer_path, config.chat_template)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # The tables live as long as the process: keep the collector from walking them.
-    gc.collect()
-    gc.freeze()
+    freeze_what_is_there()
     stop = stop_event()
     async with AsyncExitStack() as stack:
         pool = stack.enter_context(

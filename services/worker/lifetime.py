@@ -11,7 +11,7 @@ from typing import Any
 from rhizome.common.v1 import pool_identity_pb2, worker_role_pb2
 from services.common.model_files import chat_template_digest, model_revision, tokenizer_digest
 from services.common.prefix_hash import HASH_VERSION
-from services.common.process import stop_event
+from services.common.process import freeze_what_is_there, stop_event
 from services.worker.config import WorkerConfig
 from services.worker.engine_link import ENGINE_COMMAND, EngineProcess, engine_link
 from services.worker.replica import Replica, ReplicaFailedError, WorkerIdentity
@@ -41,6 +41,7 @@ async def serve(config: WorkerConfig, engine_command: Sequence[str] = ENGINE_COM
         grace_s = 0.0
         try:
             async with running_worker(options, link, engine.pid) as worker:
+                freeze_what_is_there()
                 watch = asyncio.create_task(_watch(engine, worker.replica))
                 try:
                     await _until_over(worker, stop, config.drain_timeout_s)
