@@ -21,8 +21,9 @@ demo: install
 serve: install
 	$(BIN)/rhizome serve $(ARGS)
 
+# Three processes, since most tests wait for others.
 test: install
-	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not gpu and not multigpu and not faults and not clients and not cluster'
+	$(BIN)/pytest -q -n 3 --dist loadfile -m 'not gpu and not multigpu and not faults and not clients and not cluster'
 
 # FAULT_SCALE in (0, 1] shrinks the numbers of requests and seconds.
 test-faults: install
