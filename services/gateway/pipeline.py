@@ -27,6 +27,7 @@ from services.common.errors import (
 from services.common.prefix_hash import cache_namespace, prefix_hashes
 from services.common.spans import Span, SpanKind
 from services.common.tenants import TenantSet
+from services.gateway.attempt_spans import describe_attempt, describe_placement
 from services.gateway.attempts import Attempts
 from services.gateway.control_plane import ControlPlane, ServedModel, duration
 from services.gateway.generation import (
@@ -44,7 +45,6 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.model_limits import check_parameters, check_token_ids, fit_context
 from services.gateway.prompt_records import PromptRecords
 from services.gateway.rate_limits import RateLimits
-from services.gateway.spans import describe_attempt, describe_placement
 from services.gateway.tokenizers import TokenizerPool
 from services.gateway.worker_pool import WorkerSessions
 from services.gateway.worker_sessions import WorkerSession

@@ -1,4 +1,4 @@
-"""What the gateway's spans say; names by OpenTelemetry's conventions where it has them.
+"""What a request's own span says, HTTP or gRPC; by OpenTelemetry's names where it has them.
 
 `gen_ai.latency.*` are SGLang's, in seconds. Called only for requests that are recorded.
 """
@@ -6,17 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rhizome.common.v1.finish_reason_pb2 import FINISH_REASON_STOP
 from rhizome.common.v1.sampling_params_pb2 import SamplingParams
-from rhizome.scheduler.v1.scheduler_service_pb2 import Placement
 from services.common.spans import AttributeValue, Span, unix_ns
+from services.gateway.exchange import Exchange
 from services.gateway.generation import Choice, GenerationSpec
-
-if TYPE_CHECKING:
-    from services.gateway.exchange import Exchange
-    from services.gateway.pipeline import Generation
+from services.gateway.pipeline import Generation
 
 _PROVIDER = "rhizome"
 
@@ -67,29 +63,6 @@ def describe_request(span: Span, model: str, specs: Sequence[GenerationSpec]) ->
     span.set_standard(attributes)
     if len(specs) > 1:
         span.set(num_prompts=len(specs))
-
-
-def describe_placement(span: Span, placement: Placement) -> None:
-    """What a scheduler answered."""
-    span.set(
-        worker_id=placement.worker_id,
-        policy=placement.policy,
-        predicted_cached_tokens=placement.predicted_cached_tokens,
-        queue_s=placement.queued_for.ToNanoseconds() / 1e9,
-    )
-
-
-def describe_attempt(
-    span: Span, placement: Placement, number: int, choices: Sequence[Choice]
-) -> None:
-    """What became of choices on one worker."""
-    span.set(
-        attempt=number,
-        worker_id=placement.worker_id,
-        address=placement.address,
-        num_choices=len(choices),
-        cached_tokens=choices[0].cached_tokens,
-    )
 
 
 def describe_answer(span: Span, generations: Sequence[Generation]) -> None:
