@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from services.common.kubernetes_api import Json, KubernetesApi, KubernetesError
+from services.common.process import background
 from services.controller.records import (
     Pod,
     Snapshot,
@@ -124,13 +125,8 @@ class Follower:
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         """Until the block ends."""
-        tasks = [asyncio.create_task(each.follow()) for each in (self._pods, self._sets)]
-        try:
+        async with background(*(each.follow() for each in (self._pods, self._sets))):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def snapshot(self) -> Snapshot | None:

@@ -12,6 +12,7 @@ from rhizome.inference.v1 import inference_service_pb2
 from rhizome.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from services.common.metrics import process_metrics, registry_server
 from services.common.peer_tls import PeerTls, expiry_metrics, peer_tls
+from services.common.process import background
 from services.common.rpc import RunningServer, running_server
 from services.common.shared_store import SharedStore
 from services.common.telemetry import running_tracer
@@ -67,21 +68,16 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
             tls,
             tracer,
         )
-        registry = metrics.registry
-        for metric in expiry_metrics(tls):
-            registry.register(metric)
-        registry.register(TableCollector(pipeline.control.table))
-        await stack.enter_async_context(process_metrics(registry))
-        await stack.enter_async_context(registry_server(config.metrics_port, registry))
+        for metric in (*expiry_metrics(tls), TableCollector(pipeline.control.table)):
+            metrics.registry.register(metric)
+        await stack.enter_async_context(process_metrics(metrics.registry))
+        await stack.enter_async_context(registry_server(config.metrics_port, metrics.registry))
         await stack.enter_async_context(pipeline.control.following())
         await stack.enter_async_context(pipeline.tokenizers.following())
-        if config.redis_url is not None:
-            store = SharedStore(config.redis_url, registry, "rhizome_gateway")
-            stack.push_async_callback(store.aclose)
-            await stack.enter_async_context(_background(pipeline.rates.share(store)))
+        await stack.enter_async_context(_shared_limits(config.redis_url, pipeline))
         stack.push_async_callback(pipeline.workers.aclose)
         await stack.enter_async_context(
-            _background(pipeline.workers.watch(), serving.keep_alive.run())
+            background(pipeline.workers.watch(), serving.keep_alive.run())
         )
         server = await stack.enter_async_context(
             running_server(
@@ -96,7 +92,7 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[RunningGateway
                 health_port=config.health_port,
             )
         )
-        await stack.enter_async_context(_background(_follow_readiness(server, pipeline)))
+        await stack.enter_async_context(background(_follow_readiness(server, pipeline)))
         http_port = await stack.enter_async_context(
             running_http_server(
                 GatewayApp(serving),
@@ -127,14 +123,14 @@ def _pipeline(
 
 
 @contextlib.asynccontextmanager
-async def _background(*coroutines: object) -> AsyncIterator[None]:
-    tasks = [asyncio.ensure_future(c) for c in coroutines]  # type: ignore[call-overload]
-    try:
+async def _shared_limits(redis_url: str | None, pipeline: Pipeline) -> AsyncIterator[None]:
+    """Count tenants together with other gateways until the block ends; alone without Redis."""
+    if redis_url is None:
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return
+    store = SharedStore(redis_url, pipeline.metrics.registry, "rhizome_gateway")
+    async with contextlib.aclosing(store), background(pipeline.rates.share(store)):
+        yield
 
 
 async def _follow_readiness(server: RunningServer, pipeline: Pipeline) -> None:

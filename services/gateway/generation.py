@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -251,3 +252,8 @@ def remaining_time(deadline: float | None) -> Duration | None:
     duration = Duration()
     duration.FromNanoseconds(max(0, round((deadline - time.monotonic()) * 1e9)))
     return duration
+
+
+def time_limit(deadline: float | None) -> asyncio.Timeout:
+    """Raises TimeoutError in its block once that time has come."""
+    return asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))

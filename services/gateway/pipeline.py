@@ -39,6 +39,7 @@ from services.gateway.generation import (
     output_rows,
     prompt_rows,
     remaining_time,
+    time_limit,
 )
 from services.gateway.inflight import InflightPrompts
 from services.gateway.metrics import GatewayMetrics
@@ -74,7 +75,7 @@ class Pipeline:
         self.metrics = metrics
         self.inflight = InflightPrompts(max_inflight_requests, metrics)
         self.rates = RateLimits(tenants, metrics)
-        self.records = PromptRecords(metrics, tenants, self.rates)
+        self.records = PromptRecords(metrics.of_prompts, tenants, self.rates)
         self._tenants = tenants
         self.closing = False
 
@@ -193,7 +194,7 @@ class Generation:
         """Return when every choice has ended. Raises what stops the prompt for good."""
         end: BaseException | None = None
         try:
-            async with _time_limit(self.prompt.spec.deadline):
+            async with time_limit(self.prompt.spec.deadline):
                 await self._run_attempts()
         except TimeoutError as error:
             end = DeadlineError("the request's time is over")
@@ -396,7 +397,3 @@ class Generation:
     def first_token_s(self) -> float:
         """Monotonic time of the first token of any choice; 0 before."""
         return min((c.first_token_s for c in self.choices if c.first_token_s), default=0.0)
-
-
-def _time_limit(deadline: float | None) -> asyncio.Timeout:
-    return asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -14,7 +14,7 @@ from services.common.errors import (
 )
 from services.common.tenants import TenantSet
 from services.gateway.generation import Choice, Prompt
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.prompt_metrics import PromptMetrics
 from services.gateway.rate_limits import RateLimits
 
 
@@ -49,7 +49,7 @@ class EndedPrompt(Protocol):
 class _Series:
     """The metrics of one model and tenant; looking them up costs more than counting."""
 
-    def __init__(self, metrics: GatewayMetrics, model: str, tenant: str) -> None:
+    def __init__(self, metrics: PromptMetrics, model: str, tenant: str) -> None:
         self.prompt_tokens = metrics.prompt_tokens.labels(model, tenant)
         self.cached_tokens = metrics.cached_tokens.labels(model, tenant)
         self.output_tokens = metrics.output_tokens.labels(model, tenant)
@@ -62,7 +62,7 @@ class _Series:
 class PromptRecords:
     """Writes a prompt's end into metrics and its tenant's counts."""
 
-    def __init__(self, metrics: GatewayMetrics, tenants: TenantSet, rates: RateLimits) -> None:
+    def __init__(self, metrics: PromptMetrics, tenants: TenantSet, rates: RateLimits) -> None:
         self._metrics = metrics
         self._tenants = tenants
         self._rates = rates

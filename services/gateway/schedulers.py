@@ -20,6 +20,7 @@ from rhizome.scheduler.v1.scheduler_service_pb2 import (
 )
 from rhizome.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from services.common.peer_tls import PeerTls
+from services.common.process import background
 from services.common.rpc import open_channel
 from services.gateway.schedule_session import SILENCE_S, SchedulerLostError, ScheduleSession
 
@@ -163,13 +164,8 @@ class SchedulerSet:
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         """Follow all of them until the block ends."""
-        tasks = [asyncio.create_task(peer.run()) for peer in self.peers]
-        try:
+        async with background(*(peer.run() for peer in self.peers)):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def num_answering(self) -> int:

@@ -8,60 +8,49 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from services.gateway.prompt_metrics import PromptMetrics
+
 _PREFIX = "sglang:"
 _MODEL = ("model_name",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SglangSources:
-    """The metrics that SGLang's names stand for."""
-
-    prompts: Counter
-    prompt_tokens: Counter
-    cached_tokens: Counter
-    output_tokens: Counter
-    time_to_first_token: Histogram
-    request_latency: Histogram
 
 
 class SglangCollector(Collector):
     """By model alone: SGLang knows no tenants."""
 
-    def __init__(self, sources: SglangSources) -> None:
-        self._sources = sources
+    def __init__(self, metrics: PromptMetrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        sources = self._sources
-        yield _counter("num_requests", "Prompts that ended.", sources.prompts)
+        metrics = self._metrics
+        yield _counter("num_requests", "Prompts that ended.", metrics.prompts)
         yield _counter(
-            "num_aborted_requests", "Prompts given up.", sources.prompts, outcome="cancelled"
+            "num_aborted_requests", "Prompts given up.", metrics.prompts, outcome="cancelled"
         )
-        yield _counter("prompt_tokens", "Prompt tokens.", sources.prompt_tokens)
-        yield _counter("generation_tokens", "Output tokens.", sources.output_tokens)
+        yield _counter("prompt_tokens", "Prompt tokens.", metrics.prompt_tokens)
+        yield _counter("generation_tokens", "Output tokens.", metrics.output_tokens)
         cached = CounterMetricFamily(
             f"{_PREFIX}cached_tokens",
             "Prompt tokens that a worker's cache held.",
             labels=(*_MODEL, "cache_source"),
         )
-        for model, value in _sums(sources.cached_tokens).items():
+        for model, value in _sums(metrics.cached_tokens).items():
             cached.add_metric((model, "device"), value)
         yield cached
         yield _histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token.",
-            sources.time_to_first_token,
+            metrics.time_to_first_token,
         )
         yield _histogram(
             "e2e_request_latency_seconds",
             "From a request's arrival to its end.",
-            sources.request_latency,
+            metrics.request_latency,
         )
 
 

@@ -74,14 +74,8 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
     ]
     if config.node_rank > 0:
         return replicas
-    tokenizer = (
-        *("--listen", addresses.tokenizer, *_model_arguments(config)),
-        *_metrics_arguments(config, 2),
-    )
-    index = (
-        *("--listen", addresses.index, "--scheduler", addresses.scheduler),
-        *_metrics_arguments(config, 1),
-    )
+    tokenizer = _tokenizer_arguments(config, addresses)
+    index = _index_arguments(config, addresses)
     gateway = _gateway_arguments(config, addresses)
     gateway_grace_s = config.shutdown_grace_s + 3.0
     scheduler = _scheduler_arguments(config, addresses)
@@ -96,6 +90,20 @@ def build_topology(config: ServeConfig, directory: Path, parent_pid: int) -> lis
         service("index", "cache_index", addresses.index, index, _GRACE_S),
         service("scheduler", "scheduler", addresses.scheduler, scheduler, _GRACE_S),
     ]
+
+
+def _tokenizer_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str, ...]:
+    return (
+        *("--listen", addresses.tokenizer, *_model_arguments(config)),
+        *_metrics_arguments(config, 2),
+    )
+
+
+def _index_arguments(config: ServeConfig, addresses: _Addresses) -> tuple[str, ...]:
+    return (
+        *("--listen", addresses.index, "--scheduler", addresses.scheduler),
+        *_metrics_arguments(config, 1),
+    )
 
 
 def scheduler_address(config: ServeConfig, directory: Path) -> str:
